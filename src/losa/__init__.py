@@ -1,0 +1,23 @@
+"""losa makes large language models sparse without making them stupid."""
+
+from typing import TYPE_CHECKING, Any
+
+from losa.errors import LosaError
+from losa.recipe import Recipe
+
+if TYPE_CHECKING:
+    from losa.evaluate import perplexity
+    from losa.pipeline import Result, compress
+
+__version__ = "0.1.0"
+__all__ = ["LosaError", "Recipe", "Result", "compress", "perplexity"]
+
+_LAZY = {"compress": "losa.pipeline", "Result": "losa.pipeline", "perplexity": "losa.evaluate"}  # they import torch
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'losa' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Sparsity per block from what is known of the blocks."""

@@ -1,0 +1,65 @@
+"""Representation mutual information: blocks that repeat the others are pruned more (paper, section 2.2)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from losa.allocators.base import Allocator, Evidence
+
+# A block pruned to exactly 1 would have no weights: the upper end of every box.
+ALMOST_ALL = 0.999
+
+
+def rmi_matrix(grams: list[torch.Tensor]) -> torch.Tensor:
+    """RMI of every pair of blocks (equation 6, linear CKA) from their centred [n, n] Gram matrices; [L, L] float64.
+
+    With K = X X^T, ||Y^T X||_F^2 is the inner product of K_X and K_Y, and ||X^T X||_F is ||K_X||_F.
+    """
+    flat: torch.Tensor = torch.stack([gram.double().flatten() for gram in grams])
+    flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    return flat @ flat.T
+
+
+def importance(rmi: torch.Tensor, beta: float) -> torch.Tensor:
+    """exp(-beta * share of all RMI that a block has with the others) (equation 4, normalised as the authors' code)."""
+    sums = rmi.sum(dim=1) - rmi.diagonal()
+    return torch.exp(-beta * sums / sums.sum().clamp_min(1e-300))
+
+
+def solve_box(cost: list[float], counts: list[int], target: float, low: list[float], high: list[float]) -> list[float]:
+    """The linear programme (5): min sum cost_l theta_l, mean of theta weighted by counts = target, low <= theta <= high.
+
+    It is a fractional knapsack: start at `low` and fill the units that cost least per weight first.
+    """
+    rates = list(low)
+    left = target * sum(counts) - sum(c * r for c, r in zip(counts, rates, strict=True))
+    for unit in sorted(range(len(cost)), key=lambda u: (cost[u] / counts[u], u)):
+        step = min(high[unit] - low[unit], max(0.0, left) / counts[unit])
+        rates[unit] = low[unit] + step
+        left -= step * counts[unit]
+    return rates
+
+
+@dataclass
+class RMI(Allocator):
+    """beta: sharpness of the importance (cannot move the optimum, only its order could). delta: half the box's width;
+    None takes the paper's 0.01 up to a mean of 0.5, 0.02 up to 0.6, then 0.03."""
+
+    beta: float = 1.0
+    delta: float | None = None
+    needs_grams = True
+
+    def rates(self, evidence: Evidence) -> list[float]:
+        assert evidence.grams is not None
+        target = evidence.target
+        cost = importance(rmi_matrix(evidence.grams), self.beta).tolist()
+        delta = self.delta if self.delta is not None else default_delta(target)
+        # a block never loses sparsity from one step to the next (equations.md, decision 1)
+        low = [max(0.0, target - delta, floor) for floor in evidence.floors]
+        high = [max(bound, min(ALMOST_ALL, target + delta)) for bound in low]
+        return solve_box(cost, evidence.counts, target, low, high)
+
+
+def default_delta(target: float) -> float:
+    # schedules reach 0.6 as 0.6000000000000001
+    return 0.01 if target <= 0.5 + 1e-9 else 0.02 if target <= 0.6 + 1e-9 else 0.03

@@ -1,0 +1,158 @@
+"""Streams calibration sequences through a model block by block; knows nothing of what is gathered from them.
+
+Held at a time: the hidden states that enter one block (each batch is replaced by what leaves it), never two blocks' full
+features, and on the compute device one block and one batch.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losa.errors import LosaError
+from losa.model import Block
+
+BATCH_TOKENS = 4096  # tokens that go through a block at once: GEMMs are long enough, intermediates stay small
+
+
+class _Captured(Exception):
+    """Ends a forward pass once the last block would run."""
+
+
+class Stream:
+    """The hidden states of `tokens` (int64 [samples, length]) in front of the next block, in batches.
+
+    `device` is where blocks compute: a block whose weights live elsewhere visits it and goes back.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[Block], tokens: Tensor, device: torch.device) -> None:
+        self.device = device
+        self.samples, self.length = tokens.shape
+        self.hiddens: list[Tensor] = []
+        # a block's keyword arguments (mask, rotary embeddings) differ between blocks and batch sizes, not between batches
+        self._arguments: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        home = next(model.parameters()).device
+        with torch.no_grad(), self._recording(blocks):
+            for batch in tokens.split(max(1, BATCH_TOKENS // self.length)):
+                try:
+                    model(input_ids=batch.to(home), use_cache=False)
+                except _Captured:
+                    continue
+                raise LosaError(f"{type(model).__name__} does not run its blocks in order: it is not supported")
+
+    @contextmanager
+    def _recording(self, blocks: list[Block]) -> Iterator[None]:
+        def recorder(block: Block) -> Callable[..., Any]:
+            def record(hidden: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
+                hidden = named.pop("hidden_states") if hidden is None else hidden
+                if block is blocks[0]:
+                    self.hiddens.append(hidden)
+                self._arguments.setdefault((block.name, len(hidden)), (rest, named))
+                if block is blocks[-1]:
+                    raise _Captured
+                return hidden
+
+            return record
+
+        for block in blocks:
+            block.module.forward = recorder(block)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.module.forward
+
+    def outputs(self, block: Block) -> Generator[Tensor]:
+        """What `block` makes of each batch, [sequences, length, hidden]; the stream stays in front of it."""
+        with torch.no_grad(), _visiting(block.module, self.device):
+            for hidden in self.hiddens:
+                rest, named = _to(self._arguments[block.name, len(hidden)], self.device)
+                out = block.module(hidden.to(self.device), *rest, **named)
+                yield out[0] if isinstance(out, tuple) else out
+
+    def advance(self, block: Block) -> None:
+        """Run `block` for good: the stream stands behind it."""
+        for i, out in enumerate(self.outputs(block)):
+            self.hiddens[i] = out.to(self.hiddens[i].device)
+
+    def observe(self, block: Block, statistics: dict[str, Any]) -> None:
+        """Run `block` without moving on; every linear's inputs go to its statistic: update(x [tokens, in], sequences).
+
+        Linears that are given the very same tensor (q, k, v) get the same statistic, gathered once.
+        """
+        sequences, last = 0, (None, "")  # type: tuple[int, tuple[Tensor | None, str]]
+        shares: dict[str, str] = {}
+
+        def hook(name: str) -> Callable[..., None]:
+            def see(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                nonlocal last
+                (x,) = inputs
+                if name not in shares:
+                    shares[name] = last[1] if x is last[0] else name
+                    last = (x, shares[name])
+                if shares[name] == name:
+                    statistics[name].update(x.reshape(-1, x.shape[-1]), sequences)
+
+            return see
+
+        hooks = [linear.register_forward_pre_hook(hook(name)) for name, linear in block.linears.items()]
+        try:
+            outputs = self.outputs(block)
+            for hidden in self.hiddens:
+                sequences = len(hidden)
+                next(outputs)
+            outputs.close()
+        finally:
+            for handle in hooks:
+                handle.remove()
+        for name, owner in shares.items():
+            statistics[name] = statistics[owner]
+
+    def sample(self, positions: Tensor | None) -> Tensor:
+        """The features at `positions` (int64, counted over all tokens; None: all) in front of the next block, [n, hidden]."""
+        if positions is None:
+            return torch.cat([hidden.flatten(0, 1) for hidden in self.hiddens])
+        per_batch = len(self.hiddens[0]) * self.length
+        return torch.cat(
+            [
+                hidden.flatten(0, 1)[positions[positions // per_batch == i].to(hidden.device) - i * per_batch]
+                for i, hidden in enumerate(self.hiddens)
+            ]
+        )
+
+    def gram(self, samples: int) -> Tensor:
+        """The centred Gram matrix [n, n] float64 of the first `samples` sequences' features, each sequence one vector (equation 6)."""
+        total = torch.zeros(samples, samples, dtype=torch.float64)
+        step = max(1, BATCH_TOKENS // samples)
+        for start in range(0, self.length, step):
+            parts = [hidden[:, start : start + step].flatten(1) for hidden in self.hiddens]
+            features = torch.cat(parts)[:samples].float()
+            features -= features.mean(dim=0)
+            total += (features @ features.T).double().cpu()
+        return total
+
+
+@contextmanager
+def _visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+    home = next(module.parameters()).device
+    if home == device:
+        yield
+        return
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_to(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    return value

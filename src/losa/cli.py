@@ -1,0 +1,259 @@
+"""The command line: flags made from the recipe, results as a table or one line of JSON. No logic of its own."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from losa import recipe, registry
+from losa.errors import LosaError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if it worked, 2 for what the user can mend, 130 if interrupted."""
+    parser = build_parser()
+    try:
+        args, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            flags = [flag for action in args.parser._actions for flag in action.option_strings]
+            raise registry.unknown("argument", unknown[0].partition("=")[0], flags)
+        summary = args.command(args)
+        if args.json:
+            print(json.dumps(summary))
+        return 0
+    except LosaError as error:
+        print(f"losa: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("losa: interrupted; losa compress ... --resume goes on with a run", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="losa", description="Make large language models sparse, and good again.")
+    from losa import __version__
+
+    parser.add_argument("--version", action="version", version=f"losa {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, doc: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
+        sub.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
+        sub.set_defaults(command=run, parser=sub)
+        return sub
+
+    compress = command("compress", _compress, "prune a model in steps, recover it, merge, save")
+    compress.add_argument("model", metavar="MODEL", help="local folder, name on the hub, or demo (the built-in model)")
+    compress.add_argument("--output", type=Path, help="new folder for the result and the run")
+    compress.add_argument("--recipe", help=f"settings: {', '.join(recipe.RECIPES)}, or a JSON file; flags go on top")
+    compress.add_argument("--resume", action="store_true", help="go on with the run in --output, with its own settings")
+    compress.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    compress.add_argument(
+        "--dry-run", action="store_true", help="say what would happen, and what it would take; do nothing"
+    )
+    compress.add_argument("--quiet", action="store_true", help="no progress")
+    _add_settings(compress)
+
+    evaluate = command("evaluate", _evaluate, "perplexity of a model, sparse or dense")
+    evaluate.add_argument("model", metavar="MODEL")
+    evaluate.add_argument("--data", required=True, help="c4, wikitext2, demo:test, a hub name or a local file")
+    evaluate.add_argument("--tokens", type=int, default=0, help="read only so many tokens (default: all)")
+    evaluate.add_argument(
+        "--window", type=int, default=0, help="tokens read at once (default: the model's, 4096 at most)"
+    )
+    for name in ("device", "dtype"):
+        evaluate.add_argument(f"--{name}", default="auto", help=_settings()[name].metadata["doc"])
+
+    inspect = command("inspect", _inspect, "sparsity by block and linear, ranks, origin of a saved model")
+    inspect.add_argument("folder", type=Path, metavar="DIR")
+
+    demo = command("demo", _demo, "the whole method on the built-in model, without any download")
+    demo.add_argument("--output", type=Path, default=Path("losa-demo"), help="new folder (default: losa-demo)")
+    demo.add_argument("--overwrite", action="store_true", help="replace the demo in --output")
+    demo.add_argument("--sparsity", type=float, help=_settings()["sparsity"].metadata["doc"])
+    demo.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def _settings() -> dict[str, Any]:
+    return {field.name: field for field in dataclasses.fields(recipe.Recipe)}
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings")
+    for name, field in _settings().items():
+        kind = get_origin(field.type) or field.type
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        options: dict[str, Any] = {"help": field.metadata["doc"].replace("%", "%%"), "dest": f"set_{name}"}
+        if default not in ("", [], {}):
+            options["help"] += f" (default: {default})"
+        if kind is Literal:
+            options["metavar"] = "|".join(get_args(field.type))
+        elif kind is list:
+            options |= {"action": "append", "metavar": "REGEX"}
+        elif kind is dict:
+            options |= {"type": _json_object, "metavar": "JSON"}
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        group.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def _json_object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+
+
+def _compress(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, f"set_{name}") for name in _settings()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.output is None and not args.dry_run:
+        raise LosaError("--output is missing: name a new folder for the result")
+    if args.resume and args.recipe is None and args.output is not None:
+        from losa.run import read_recipe
+
+        settings = recipe.from_settings(read_recipe(args.output)["recipe"] | given)
+    else:
+        settings = recipe.load(args.recipe, given)
+    _quiet_libraries()
+    from losa.pipeline import check, compress
+    from losa.progress import Progress
+
+    if args.dry_run:
+        from losa.inspection import plan
+
+        check(args.model, settings, args.output, args.resume or args.overwrite)
+        planned = plan(args.model, settings)
+        if not args.json:
+            _print_plan(planned, settings)
+        return planned
+    progress = Progress(quiet=args.quiet or args.json)
+    result = compress(
+        args.model, settings, args.output, resume=args.resume, overwrite=args.overwrite, progress=progress
+    )
+    if not args.json:
+        _print_result(result.measurements, result.path)
+    return {"output": str(result.path), "measurements": result.measurements, "history": result.history}
+
+
+def _print_result(measurements: dict[str, Any], path: Path | None) -> None:
+    rows = [("", "perplexity", "sparsity")]
+    for name in ("dense", "sparse"):
+        rows.append((name, _number(measurements[name]["perplexity"]), f"{measurements[name].get('sparsity', 0):.1%}"))
+    print_table(rows)
+    print(f"saved in {path}")
+
+
+def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
+    print(f"{planned['model']}: {planned['parameters']:,} parameters in {planned['dtype']} on {planned['device']}")
+    print(
+        f"{planned['blocks']} blocks, {planned['prunable']:,} prunable weights, about {planned['kept']:,} of them kept"
+    )
+    print(
+        f"pruner {settings.pruner}, allocator {settings.allocator}, recovery {settings.recovery} on {planned['linears_adapted']} linears"
+    )
+    names = ("step", "sparsity", "mean_rank", "rows")
+    print_table([names, *(tuple(str(step[name]) for name in names) for step in planned["steps"])])
+    print(f"memory at its peak, about {size(planned['memory'])}; disk, about {size(planned['disk'])}")
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    settings = recipe.load(None, {"device": args.device, "dtype": args.dtype})
+    if args.tokens < 0 or args.window < 0 or args.window == 1:
+        raise LosaError("--tokens and --window are counts of tokens: 0 takes the default, a window has at least 2")
+    _quiet_libraries()
+    from losa import data, evaluate, model
+
+    data.check_source(args.data, "evaluate")
+    config = model.load_config(args.model)
+    tokenizer = model.load_tokenizer(args.model, config)
+    tokens = data.evaluation_tokens(args.data, tokenizer)
+    tokens = tokens[: args.tokens] if args.tokens else tokens
+    subject = model.subject_of(model.load(args.model, settings), tokenizer, args.model, settings)
+    if args.window > subject.longest:
+        raise LosaError(f"--window is {args.window}: the model reads at most {subject.longest} tokens")
+    window = args.window or subject.window
+    found = {"perplexity": evaluate.perplexity(subject.model, tokens, window), "tokens": len(tokens), "window": window}
+    if not args.json:
+        print(f"perplexity {found['perplexity']:.4f} over {len(tokens):,} tokens of {args.data}, windows of {window}")
+    return {"model": args.model, "data": args.data, **found}
+
+
+def _inspect(args: argparse.Namespace) -> dict[str, Any]:
+    _quiet_libraries()
+    from losa.inspection import inspect
+
+    found = inspect(args.folder)
+    if not args.json:
+        if "source" in found:
+            made = found["recipe"]
+            print(
+                f"made by losa {found['versions']['losa']} from {found['source']}: sparsity {made['sparsity']}, pruner"
+            )
+            print(
+                f"{made['pruner']}, allocator {made['allocator']}, {made['steps']} steps, recovery {made['recovery']}"
+            )
+        rows = [("block", "linear", "weights", "sparsity", "rank")]
+        for block in found["blocks"]:
+            rank = "" if block["rank"] is None else str(block["rank"])
+            rows.append((block["name"], "", f"{block['weights']:,}", f"{block['zeros'] / block['weights']:.2%}", rank))
+            for name, linear in block["linears"].items():
+                rows.append(("", name, f"{linear['weights']:,}", f"{linear['zeros'] / linear['weights']:.2%}", ""))
+        print_table([*rows, ("all", "", f"{found['weights']:,}", f"{found['sparsity']:.2%}", "")])
+    return found
+
+
+def _demo(args: argparse.Namespace) -> dict[str, Any]:
+    _quiet_libraries()
+    from losa.demo import run
+    from losa.progress import Progress
+
+    found = run.demo(args.output, args.sparsity, args.overwrite, Progress(quiet=args.quiet or args.json))
+    if not args.json:
+        rows = [("", "perplexity", "sparsity", "weights kept", "on disk")]
+        for name, line in found["models"].items():
+            kept = f"{line['kept']:,}"
+            rows.append((name, _number(line["perplexity"]), f"{line['sparsity']:.1%}", kept, size(line["bytes"])))
+        print_table(rows)
+        for name, text in found["samples"].items():
+            print(f"\n{name} continues {found['prompt']!r}:\n{text}")
+        print(f"\nthe LoSA model is in {found['output']}: losa inspect {found['output']}")
+    return found
+
+
+def _quiet_libraries() -> None:
+    """Their bars and advice about loading are not ours to show."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, decimal."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they must be, the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(
+            "  ".join(
+                c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+        )

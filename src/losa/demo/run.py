@@ -1,0 +1,68 @@
+"""The demo: one model dense, pruned only, and with LoSA, measured on held-out text."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from losa import recipe
+from losa.pipeline import check, compress
+from losa.progress import Progress
+from losa.run import check_output
+
+PROMPT = "def read_config(path):\n    with open(path) as file:\n"
+
+
+def demo(output: Path, sparsity: float | None, overwrite: bool, progress: Progress) -> dict[str, Any]:
+    """Compress the built-in model twice, without recovery in output/pruned and with LoSA in output/losa.
+
+    Returns perplexity, sparsity and bytes on disk of the three models, and what each makes of one prompt.
+    """
+    chosen = {} if sparsity is None else {"sparsity": sparsity}
+    settings = recipe.load("demo", chosen)
+    for folder in (output / "pruned", output / "losa"):
+        check("demo", settings, folder, overwrite)
+    if output.exists() and not (output / "losa").exists():
+        check_output(output)
+    progress.say("pruned only, in one step")
+    pruned = compress(
+        "demo",
+        recipe.load("demo", chosen | {"recovery": "none", "steps": 1}),
+        output / "pruned",
+        overwrite=overwrite,
+        progress=progress,
+    )
+    progress.say(f"LoSA, {settings.steps} steps")
+    losa = compress("demo", settings, output / "losa", overwrite=overwrite, progress=progress)
+
+    from losa.model import load, locate
+
+    dense = load("demo", settings)
+    total = losa.measurements["sparse"]["weights"]
+    lines = {
+        "dense": losa.measurements["dense"]
+        | {"sparsity": 0.0, "kept": total, "bytes": weight_bytes(Path(locate("demo")))},
+        "pruned only": pruned.measurements["sparse"] | {"bytes": weight_bytes(output / "pruned")},
+        "LoSA": losa.measurements["sparse"] | {"bytes": weight_bytes(output / "losa")},
+    }
+    models = {"dense": dense, "pruned only": pruned.model, "LoSA": losa.model}
+    samples = {name: continuation(model, losa.tokenizer) for name, model in models.items()}
+    return {"output": str(output / "losa"), "models": lines, "prompt": PROMPT, "samples": samples}
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+
+
+def continuation(model: Any, tokenizer: Any) -> str:
+    """The likeliest next tokens after the prompt."""
+    inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=60,
+            do_sample=False,
+            repetition_penalty=1.2,
+        )
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,121 @@
+"""The merged model out: an ordinary Hugging Face folder, dense with zeros, with masks.safetensors and losa.json beside it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from losa.errors import LosaError
+from losa.model import Subject
+from losa.recipe import Recipe
+from losa.run import FORMAT, Run, sync, versions, write_json, writing
+
+
+def save(
+    subject: Subject,
+    recipe: Recipe,
+    bits: dict[str, Tensor],
+    pairs: dict[str, tuple[Tensor, Tensor]] | None,
+    measurements: dict[str, Any],
+    history: list[dict[str, Any]],
+    run: Run,
+) -> Path | None:
+    """Write everything into run/export, then move it into place; losa.json, written last, says that it is whole.
+
+    bits: keep-masks by linear, packed. pairs: (A [r, in], B [out, r]) by linear if they do not merge. Raises LosaError
+    if the disk refuses.
+    """
+    if run.output is None:
+        return None
+    from safetensors.torch import save_file
+
+    staging = run.output / "run" / "export"
+    with writing(run.output):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        subject.model.to(subject.stored).save_pretrained(staging)
+        subject.tokenizer.save_pretrained(staging)
+        save_file(
+            {name: mask.cpu() for name, mask in bits.items()}, staging / "masks.safetensors", {"losa": str(FORMAT)}
+        )
+        if pairs is not None:
+            _save_adapter(staging / "adapter", pairs, recipe, subject.source)
+        summary = {
+            "format": FORMAT,
+            "source": subject.source,
+            "versions": versions(),
+            "recipe": recipe.to_json(),
+            "measurements": measurements,
+            "history": history,
+        }
+        write_json(staging / "losa.json", summary)
+        for path in sorted(staging.iterdir(), key=lambda p: p.name == "losa.json"):
+            for file in path.iterdir() if path.is_dir() else [path]:
+                file.chmod(0o666 & ~run.umask)  # safetensors makes files that only their owner reads
+                sync(file)
+            if path.is_dir():
+                shutil.rmtree(run.output / path.name, ignore_errors=True)
+            path.replace(run.output / path.name)
+        sync(run.output)
+        staging.rmdir()
+        for name in ("dense", "pruned", "recovery"):  # a finished run needs them no more
+            run.drop(name)
+    run.log("finished", measurements=measurements)
+    return run.output
+
+
+def take_pairs(subject: Subject) -> dict[str, tuple[Tensor, Tensor]]:
+    """Take the low-rank pairs out of the model: (A, B) by linear. What is left computes without them."""
+    pairs = {}
+    for block in subject.blocks:
+        for name, linear in block.masked.items():
+            if linear.rank and linear.lora_A is not None and linear.lora_B is not None:
+                pairs[name] = (
+                    linear.lora_A[: linear.rank].detach().clone(),
+                    linear.lora_B[:, : linear.rank].detach().clone(),
+                )
+                linear.rank = 0
+    return pairs
+
+
+def _save_adapter(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], recipe: Recipe, source: str) -> None:
+    """The pairs as a LoRA that PEFT loads onto the sparse model in the folder above."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {}
+    for name, (a, b) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    ranks = {name: a.shape[0] for name, (a, _) in pairs.items()}
+    rank = max(ranks.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "..",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": recipe.scaling * rank,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: recipe.scaling * r for name, r in ranks.items() if r != rank},
+        "target_modules": sorted(pairs),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    write_json(folder / "adapter_config.json", config)
+
+
+def load_masks(folder: Path) -> dict[str, Tensor]:
+    """The packed keep-masks that `save` wrote. Raises LosaError if there are none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "masks.safetensors"
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise LosaError(f"{str(folder)!r} has no masks.safetensors: it was not made by losa") from None
+    except (SafetensorError, OSError) as error:
+        raise LosaError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,150 @@
+"""Look without running: what a saved model holds, what a run would do and take."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from losa import calibration, masks, model, registry
+from losa.errors import LosaError
+from losa.export import load_masks
+from losa.recipe import TARGETS, Recipe
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Zeros of every prunable linear of a saved model, and what losa.json tells of its making, if losa made it.
+
+    Reads one weight at a time. Raises LosaError for a folder without a model, a run that has not finished, or a weight
+    that is not zero where the mask says so.
+    """
+    if (folder / "run" / "recipe.json").is_file() and not (folder / "losa.json").is_file():
+        raise LosaError(
+            f"{str(folder)!r} is a run that has not finished: losa compress --output {folder} --resume goes on"
+        )
+    made: dict[str, Any] | None = None
+    if (folder / "losa.json").is_file():
+        try:
+            made = json.loads((folder / "losa.json").read_text())
+        except ValueError as error:
+            raise LosaError(f"{folder / 'losa.json'} is damaged: {error}") from None
+    ignore = made["recipe"]["ignore"] if made else []
+    blocks = model.find_blocks(model.skeleton(model.load_config(str(folder))), ignore)
+    bits = load_masks(folder) if made else {}
+    weights = _Weights(folder)
+    ranks = made["history"][-1]["ranks"] if made else []
+    described: list[dict[str, Any]] = []
+    for block in blocks:
+        linears = {}
+        for name in block.linears:
+            weight = weights[f"{name}.weight"]
+            zeros = int((weight == 0).sum())
+            linears[name.removeprefix(f"{block.name}.")] = {"weights": weight.numel(), "zeros": zeros}
+            if made:
+                mask = masks.unpack(bits[name], weight.shape[1])
+                if bool((weight[~mask] != 0).any()):
+                    raise LosaError(f"{name}: weights that its mask prunes are not zero: {str(folder)!r} was changed")
+                linears[name.removeprefix(f"{block.name}.")]["pruned"] = int((~mask).sum())
+        counts = {key: sum(linear[key] for linear in linears.values()) for key in ("weights", "zeros")}
+        rank = ranks[block.index] if ranks else None
+        described.append({"name": block.name, "rank": rank, **counts, "linears": linears})
+    total = sum(block["weights"] for block in described)
+    zeros = sum(block["zeros"] for block in described)
+    summary = {"weights": total, "zeros": zeros, "sparsity": zeros / total, "blocks": described}
+    if made:
+        summary |= {key: made[key] for key in ("source", "versions", "recipe", "measurements")}
+    return summary
+
+
+class _Weights:
+    """Tensors by name out of the safetensors files of a folder, each read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        index = folder / "model.safetensors.index.json"
+        names = ["model.safetensors"]
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        self._files: dict[str, Any] = {}
+        for name in names:
+            file = safe_open(folder / name, framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        # base models are saved without the head's prefix
+        for key in (name, name.partition(".")[2]):
+            if key in self._files:
+                tensor: torch.Tensor = self._files[key].get_tensor(key)
+                return tensor
+        raise LosaError(f"the model's files hold no {name}")
+
+
+def plan(source: str, recipe: Recipe) -> dict[str, Any]:
+    """What `compress` would do, and about what it would take, from the model's configuration alone: bytes, at their peak."""
+    config = model.load_config(source)
+    skeleton = model.skeleton(config)
+    blocks = model.find_blocks(skeleton, recipe.ignore)
+    device = model.choose_device(recipe.device)
+    dtype = model.choose_dtype(recipe.dtype, device)
+    recovery = registry.get("recovery", recipe.recovery)
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    weights = sum(block.weights for block in blocks)
+    linears = [(name, linear) for block in blocks for name, linear in block.linears.items()]
+    adapted = _adapted(linears, recipe) if recovery.trains else []
+    widths = sum(linear.in_features + linear.out_features for linear in adapted)
+    hidden = skeleton.get_input_embeddings().embedding_dim
+    tokens = recipe.calibration_samples * recipe.sequence_length
+    size = dtype.itemsize
+
+    base = parameters * size + weights // 8 + 4 * recipe.max_rank * widths
+    features = min(recipe.error_tokens or tokens, tokens) * hidden * size * len(blocks)
+    statistics = max(_statistics(block, recipe) for block in blocks)
+    activations = min(calibration.BATCH_TOKENS, tokens) * 4 * max(linear.out_features for _, linear in linears) * size
+    calibrating = tokens * hidden * size + features + statistics + activations
+    rows = recipe.micro_batch_size * recipe.train_length
+    saved = sum(linear.in_features + 2 * linear.out_features for _, linear in linears) * rows * size
+    vocabulary = config.get_text_config().vocab_size
+    training = 3 * 4 * recipe.max_rank * widths + saved + rows * vocabulary * (size + 8) if adapted else 0
+    state = weights * size + weights // 8 + 4 * recipe.max_rank * widths
+    return {
+        "model": type(skeleton).__name__,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": parameters,
+        "blocks": len(blocks),
+        "prunable": weights,
+        "kept": round(weights * (1 - recipe.sparsity)),
+        "linears_adapted": len(adapted),
+        "steps": [
+            {
+                "step": step,
+                "sparsity": round(recipe.sparsity_at(step), 6),
+                "mean_rank": recipe.mean_rank_at(step) if recovery.trains else 0,
+                "rows": len(recipe.rows_of(step)) if recovery.trains else 0,
+            }
+            for step in range(1, recipe.steps + 1)
+        ],
+        "memory": base + max(calibrating, training),
+        "memory_parts": {"model": base, "calibration": calibrating, "recovery": training},
+        # each state is replaced by a whole new one beside it
+        "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * recipe.max_rank * widths,
+    }
+
+
+def _adapted(linears: list[tuple[str, Any]], recipe: Recipe) -> list[Any]:
+    import re
+
+    return [linear for name, linear in linears if re.search(TARGETS.get(recipe.targets, recipe.targets), name)]
+
+
+def _statistics(block: model.Block, recipe: Recipe) -> int:
+    """Bytes of the pruner's statistics of a block, one for each width of input at least."""
+    pruner = registry.get("pruner", recipe.pruner)(**recipe.pruner_options)
+    total = 0
+    for linear in block.linears.values():
+        with torch.device("meta"):
+            statistic = pruner.statistic(linear.in_features, "meta")
+        if statistic is not None:
+            total += sum(tensor.numel() * tensor.itemsize for tensor in statistic.tensors().values())
+    return total

@@ -1,0 +1,94 @@
+"""Keep-masks: which weights stay (True) and which are pruned (False); choosing, nesting, packing, counting."""
+
+import functools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from losa.errors import LosaError
+
+
+def count_pruned(sparsity: float, n: int) -> int:
+    """How many of a unit of `n` weights are pruned: floor(sparsity * n). Raises LosaError outside [0, 1]."""
+    if not 0 <= sparsity <= 1:
+        raise LosaError(f"sparsity must be within 0 and 1, not {sparsity}")
+    # 0.29 * 100 is 28.999999999999996: what is whole but for rounding stays whole
+    return min(n, math.floor(sparsity * n + 1e-9))
+
+
+def choose(scores: Tensor, within: Tensor | None, sparsity: float, unit: Literal["row", "matrix"]) -> Tensor:
+    """The keep-mask that prunes the lowest scores: bool [out, in], contiguous.
+
+    scores [out, in], any float; within bool [out, in], the mask so far, or None. In each unit (a row, or the whole
+    matrix) exactly count_pruned are pruned; those pruned before count first and never come back, so where they are
+    already more than that, nothing changes. Equal scores go in the order of their index. Scores outside `within` are
+    not read. Raises LosaError for a NaN elsewhere.
+    """
+    if unit not in ("row", "matrix"):
+        raise LosaError(f"counting unit must be row or matrix, not {unit!r}")
+    if within is not None and (within.dtype != torch.bool or within.shape != scores.shape):
+        raise LosaError(f"mask must be bool {list(scores.shape)}, not {within.dtype} {list(within.shape)}")
+    if within is not None:
+        # strictly below whatever is alive, so that they are counted first
+        alive = scores.clamp(min=torch.finfo(scores.dtype).min)
+        scores = torch.where(within, alive, -math.inf)
+    if bool(scores.isnan().any()):
+        raise LosaError("pruning scores are not a number: the weights or the calibration inputs hold NaN or infinity")
+    rows = scores.reshape(1, -1) if unit == "matrix" else scores.contiguous()
+    count = count_pruned(sparsity, rows.shape[1])
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool) if within is None else within.clone()
+    threshold = _smallest(rows, count)
+    keep = rows > threshold
+    tied = rows == threshold
+    short = count - (rows < threshold).sum(dim=1, keepdim=True)  # how many of the tied must go
+    if bool((tied.sum(dim=1, keepdim=True) > short).any()):
+        keep |= tied & (tied.cumsum(dim=1, dtype=torch.int32) > short)
+    keep = keep.view(scores.shape)
+    return keep if within is None else keep.logical_and_(within)
+
+
+def _smallest(rows: Tensor, k: int) -> Tensor:
+    """The k-th smallest of each row, [rows, 1]."""
+    if rows.device.type == "cpu":  # a selection: five times as fast as a sort
+        return rows.kthvalue(k, dim=1, keepdim=True).values
+    # elsewhere kthvalue is refused under torch.use_deterministic_algorithms, and a sort is fast
+    return rows.sort(dim=1, stable=True).values[:, k - 1 : k]
+
+
+def pack(mask: Tensor) -> Tensor:
+    """bool [out, in] -> uint8 [out, ceil(in / 8)]: column 8 j + i is bit i of byte j; spare bits are 0."""
+    rows, columns = mask.shape
+    padded = F.pad(mask.to(torch.uint8), (0, -columns % 8)).view(rows, -(-columns // 8), 8)
+    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (padded * bits).sum(dim=2, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, in_features: int) -> Tensor:
+    """uint8 [out, ceil(in / 8)] -> bool [out, in_features], contiguous.
+
+    Part of every training forward: eight columns are looked up at once, which on one core takes a tenth of the time of
+    shifting them out (5632 x 2048: 0.95 against 9.6 ms), and a fifth of indexing's.
+    """
+    rows, width = bits.shape
+    if width != -(-in_features // 8):
+        raise LosaError(f"a packed mask of {width} bytes a row does not hold {in_features} columns")
+    eights = _table(bits.device).index_select(0, bits.reshape(-1).int())
+    return eights.view(torch.bool).view(rows, 8 * width)[:, :in_features].contiguous()
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """int64 [256]: entry b has, as its eight bytes in memory, the eight bits of b, lowest first."""
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        shifts = torch.arange(8)
+        bits = (torch.arange(256).unsqueeze(1) >> shifts) & 1
+        return bits.to(torch.bool).view(torch.int64).squeeze(1).to(device)
+
+
+def sparsity(mask: Tensor) -> float:
+    """The share of a keep-mask that is pruned."""
+    return 1 - int(mask.sum()) / mask.numel()

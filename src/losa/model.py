@@ -1,0 +1,276 @@
+"""Load a causal language model; find its decoder blocks and their prunable linears by structure, not by class name."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from losa import data
+from losa.errors import LosaError
+from losa.recipe import TARGETS, Recipe
+
+if TYPE_CHECKING:
+    from losa.adapters import MaskedLinear
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass
+class Block:
+    """A decoder block and its prunable linears (there may be none) by full name; `Subject.wrap` makes these MaskedLinears."""
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: dict[str, Any]
+
+    @property
+    def masked(self) -> dict[str, "MaskedLinear"]:
+        return self.linears
+
+    @property
+    def weights(self) -> int:
+        return sum(linear.weight.numel() for linear in self.linears.values())
+
+
+@dataclass
+class Subject:
+    """What is compressed: the model, its tokenizer, its blocks in order, where it came from, and the type it is saved in."""
+
+    model: Any
+    tokenizer: Any
+    blocks: list[Block]
+    source: str
+    stored: torch.dtype
+
+    @property
+    def pad_id(self) -> int:
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return int(pad if pad is not None else end)
+
+    @property
+    def longest(self) -> float:
+        return longest_text(self.model.config)
+
+    @property
+    def window(self) -> int:
+        """Tokens read at once for perplexity: all the model can, at most 4096 (the paper's)."""
+        return int(min(4096, self.longest))
+
+    def wrap(self, make: Callable[[nn.Linear, int, float], "MaskedLinear"], recipe: Recipe, max_rank: int) -> None:
+        """Put a masked linear in the place of every prunable one; those the recipe targets can hold ranks up to `max_rank`."""
+        self.model.requires_grad_(False)
+        wanted = re.compile(TARGETS.get(recipe.targets, recipe.targets))
+        targeted = 0
+        for block in self.blocks:
+            for name, linear in block.linears.items():
+                rank = max_rank if wanted.search(name) else 0
+                targeted += rank > 0
+                block.linears[name] = make(linear, rank, recipe.scaling)
+                self.model.set_submodule(name, block.linears[name])
+        if max_rank and not targeted:
+            example = next(name for block in self.blocks for name in block.linears)
+            raise LosaError(f"targets {recipe.targets!r} match none of the linears, such as {example}")
+
+    def merge(self) -> dict[str, torch.Tensor]:
+        """Put plain linears back, the adaptation merged and rounded to what is stored, every pruned weight zero.
+
+        Returns the keep-masks, packed (`masks.pack`), by the linears' names.
+        """
+        bits = {}
+        for block in self.blocks:
+            for name, linear in block.masked.items():
+                bits[name] = linear.mask_bits
+                block.linears[name] = linear.merge()
+                self.model.set_submodule(name, block.linears[name])
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(self.stored).to(parameter.dtype)
+        return bits
+
+
+def find_blocks(model: nn.Module, ignore: list[str] | None = None) -> list[Block]:
+    """The decoder blocks: the list of modules with linears that holds most of the model. Raises LosaError if there is none.
+
+    Every nn.Linear of a block whose full name no pattern of `ignore` matches is prunable.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(_linears(child) for child in module)
+    ]
+    if not lists:
+        what = "decoder blocks" if any(isinstance(m, nn.Linear) for m in model.modules()) else "Linear layers"
+        raise LosaError(f"{type(model).__name__} has no {what} that losa can find: it is not supported")
+    name, stack = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    blocks = []
+    for index, module in enumerate(stack):
+        prefix = f"{name}.{index}"
+        linears = {f"{prefix}.{n}": linear for n, linear in _linears(module).items()}
+        kept = {n: linear for n, linear in linears.items() if not any(re.search(p, n) for p in ignore or [])}
+        blocks.append(Block(index, prefix, module, kept))
+    if not any(block.linears for block in blocks):
+        raise LosaError(f"ignore {ignore} leaves no linear of {type(model).__name__} to prune")
+    return blocks
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a recipe names; auto is the first accelerator, else the CPU. Raises LosaError if it is not there."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise LosaError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    if device.type != "cpu" and not torch.accelerator.is_available():
+        raise LosaError(f"device {name!r} is not there: torch sees no accelerator; use cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type a recipe names; auto is bfloat16 where it is multiplied in hardware, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    if device.type == "cpu":
+        # amx or avx512_bf16; elsewhere bf16 products are emulated and slower than fp32's
+        fast = any(f() for f in (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported))
+    else:
+        fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def locate(source: str) -> str:
+    """A local folder's path, or a hub name as it is; `demo` is the built-in model. Raises LosaError for neither, or a broken one.
+
+    What can be known of a folder without reading its weights is checked here.
+    """
+    if source == "demo":
+        return str(resources.files("losa").joinpath("demo", "model"))
+    path = Path(source).expanduser()
+    if not path.exists():
+        if HUB_NAME.fullmatch(source) and not source.startswith("."):
+            return source
+        raise LosaError(f"model {source!r} does not exist: name a folder, a model on the hub (OWNER/NAME) or demo")
+    if not (path / "config.json").is_file():
+        raise LosaError(f"{source!r} is not a model: it has no config.json")
+    _check_weights(path)
+    return str(path)
+
+
+def _check_weights(path: Path) -> None:
+    """Every safetensors file is there and as long as its header says: an interrupted download is found in milliseconds."""
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise LosaError(f"{index} is not an index of weights: download the model again") from None
+    else:
+        files = ["model.safetensors"]
+    for name in files:
+        if not (path / name).is_file():
+            others = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+            note = f" ({others[0]} is a pickle, which losa does not load: convert it to safetensors)" if others else ""
+            raise LosaError(f"{path} has no {name}: the model is incomplete{note}")
+        try:
+            with safe_open(path / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise LosaError(f"{path / name} is damaged ({error}): download the model again") from None
+
+
+def load_config(source: str) -> Any:
+    """The model's configuration and nothing else. Raises LosaError if it cannot be had, or asks for code of its own."""
+    from transformers import AutoConfig
+
+    with _loading(source):
+        return AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
+
+
+def longest_text(config: Any) -> float:
+    """The most tokens a model reads at once; infinite if its positions have no end."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def load_tokenizer(source: str, config: Any) -> Any:
+    """The model's tokenizer. Raises LosaError if there is none, or it has more tokens than the model."""
+    from transformers import AutoTokenizer
+
+    with _loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(locate(source), trust_remote_code=False)
+    data.check_tokenizer(tokenizer, config.get_text_config().vocab_size)
+    return tokenizer
+
+
+def load(source: str, recipe: Recipe) -> Any:
+    """The model in the recipe's type, on its device. safetensors only, no remote code.
+
+    Raises LosaError for a folder or hub name without a usable model, and for weights that are missing or not a number.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = choose_device(recipe.device)
+    with _loading(source):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            locate(source),
+            dtype=choose_dtype(recipe.dtype, device),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise LosaError(f"the weights of {source!r} are incomplete: {len(missing)} are missing, such as {missing[0]}")
+    return model.to(device)
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Whatever transformers, safetensors or the hub raise, in one line."""
+    try:
+        yield
+    except LosaError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LosaError(f"cannot load the model {source!r}: {reason}") from error
+
+
+def skeleton(config: Any) -> Any:
+    """The model without weights, to look at its structure."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def subject_of(model: Any, tokenizer: Any, source: str, recipe: Recipe, stored: torch.dtype | None = None) -> Subject:
+    """A loaded model, ready to be compressed; it will be saved in the type it was stored in, if that is the narrower one."""
+    check_finite(model)
+    model.eval()
+    if stored is None or stored.itemsize >= model.dtype.itemsize:
+        stored = model.dtype
+    return Subject(model, tokenizer, find_blocks(model, recipe.ignore), source, stored)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise LosaError naming the first weight that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise LosaError(
+                f"weight {name} holds NaN or infinity: the model is damaged or overflows in {parameter.dtype}"
+            )

@@ -1,0 +1,1 @@
+"""Weight, statistic of its inputs and sparsity -> weight and keep-mask."""

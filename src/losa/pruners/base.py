@@ -1,0 +1,77 @@
+"""What a pruner is given and must return, and the statistic it may gather from a linear's inputs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from losa.errors import LosaError
+
+
+class Statistic(Protocol):
+    """What a pruner knows of the inputs of one linear; the statistic of two sets of inputs is the sum of theirs."""
+
+    def update(self, x: Tensor, sequences: int) -> None:
+        """Take in x [tokens, in], any float: the tokens of `sequences` sequences (0 for more tokens of the last)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its state, not copied: what a sum over processes adds up, name by name (in fp64, see DESIGN)."""
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        """Add the `tensors()` of another; into a fresh statistic, this loads them."""
+
+
+class InputSum:
+    """A statistic that is one sum over tokens and the number of sequences; a pruner says what is summed."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> None:
+        self.total = torch.zeros(shape, dtype=dtype, device=device)
+        self.sequences = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"total": self.total, "sequences": torch.tensor(self.sequences, device=self.total.device)}
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        self.total += other["total"].to(self.total)
+        self.sequences += round(float(other["sequences"]))
+
+    @classmethod
+    def require(cls, statistic: Statistic | None, in_features: int) -> Self:
+        """`statistic` if it is one of these, for `in_features` columns, and has seen something; else LosaError."""
+        if not isinstance(statistic, cls):
+            raise LosaError(f"this pruner needs calibration inputs ({cls.__name__}), not {type(statistic).__name__}")
+        if statistic.total.shape[0] != in_features:
+            raise LosaError(f"the statistic has {statistic.total.shape[0]} input features, the weight {in_features}")
+        if statistic.sequences < 1:
+            raise LosaError("no calibration sequence reached this linear: check the calibration data, or ignore it")
+        return statistic
+
+
+class Pruner(ABC):
+    """Weight + statistic + sparsity -> weight and mask. Subclasses are dataclasses whose fields are their options.
+
+    `unit` is where `masks.count_pruned` weights are pruned, exactly: "row", "matrix", or "N columns" (all rows of N
+    adjacent columns; the last such block may be narrower).
+    """
+
+    name: str
+    unit: str
+    needs_inputs: bool
+    needs_gradients: bool = False
+    changes_weights: bool
+
+    def statistic(self, in_features: int, device: torch.device | str) -> Statistic | None:
+        """An empty statistic for a linear of so many inputs; None if the pruner needs none."""
+        return None
+
+    @abstractmethod
+    def prune(
+        self, weight: Tensor, within: Tensor | None, sparsity: float, statistic: Statistic | None
+    ) -> tuple[Tensor, Tensor]:
+        """(weight, mask) as new tensors: fp32 [out, in], zero where pruned, and the keep-mask, bool [out, in].
+
+        weight fp32 [out, in], zero outside `within`, is left as it is; within is the mask so far (None: nothing is
+        pruned) and contains the new one. Raises LosaError for a weight or input that is not a number.
+        """

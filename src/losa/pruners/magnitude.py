@@ -1,0 +1,29 @@
+"""Small weights go first, whatever comes in."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from losa import masks, registry
+from losa.pruners.base import Pruner, Statistic
+
+
+@dataclass
+class Magnitude(Pruner):
+    """Score abs(W). unit: "matrix" compares over the whole matrix, "row" within each output row."""
+
+    unit: Literal["matrix", "row"] = "matrix"
+    name = "magnitude"
+    needs_inputs = False
+    changes_weights = False
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("matrix", "row"):
+            raise registry.unknown("unit", self.unit, ("matrix", "row"))
+
+    def prune(
+        self, weight: Tensor, within: Tensor | None, sparsity: float, statistic: Statistic | None
+    ) -> tuple[Tensor, Tensor]:
+        mask = masks.choose(weight.abs(), within, sparsity, self.unit)
+        return weight.masked_fill(~mask, 0), mask

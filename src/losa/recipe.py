@@ -1,0 +1,199 @@
+"""The one configuration: every setting with its type, meaning and bounds; checked before a model loads; saved beside every result."""
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from losa import registry
+from losa.errors import LosaError
+
+RECIPES = ("paper", "demo", "lora", "sparse-lora")
+
+
+def setting(default: Any, doc: str) -> Any:
+    """A field of the recipe with its help text."""
+    factory = default if callable(default) else None
+    if factory:
+        return field(default_factory=factory, metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is compressed. Constants are the paper's (section 3.1 and its code) where it has them."""
+
+    sparsity: float = setting(0.6, "share of the weights of every pruned linear that becomes zero, in [0, 1)")
+    pruner: str = setting("wanda", "which weights go: " + ", ".join(sorted(registry.PRUNERS)))
+    pruner_options: dict[str, Any] = setting(dict, "settings of the pruner, as JSON")
+    allocator: str = setting("rmi", "sparsity per block: " + ", ".join(sorted(registry.ALLOCATORS)))
+    allocator_options: dict[str, Any] = setting(dict, "settings of the allocator, as JSON")
+    schedule: Literal["cubic", "linear"] = setting("cubic", "how sparsity grows over the steps (equations 8, 10)")
+    steps: int = setting(5, "steps of pruning and recovery (T); 1 prunes at once")
+    mean_rank: float = setting(
+        6.0, "mean rank of the adapters at the first step; grows by rank_growth a step (equation 9)"
+    )
+    rank_growth: float = setting(1.0, "what the mean rank gains at every step after the first")
+    rank_by: Literal["error", "sparsity", "uniform"] = setting("error", "what decides the rank of a block (equation 7)")
+    recovery: str = setting("losa", "how quality is won back: " + ", ".join(sorted(registry.RECOVERIES)))
+    targets: str = setting("all", "linears that get adapters: all, qv, qkvo, or a regular expression on their names")
+    ignore: list[str] = setting(list, "linears that are not pruned: regular expressions on their names, repeatable")
+    calibration: str = setting("c4", "calibration text: c4, wikitext2, demo, a hub name or a local file")
+    calibration_samples: int = setting(128, "calibration sequences")
+    sequence_length: int = setting(2048, "tokens of a calibration sequence")
+    rmi_samples: int = setting(64, "calibration sequences the RMI allocator reads")
+    error_tokens: int = setting(
+        4096, "dense features kept for the reconstruction errors, tokens per block; 0 keeps all"
+    )
+    train_data: str = setting("alpaca-gpt4", "recovery data: alpaca-gpt4, demo, a hub name or a local file")
+    train_samples: int = setting(10000, "recovery rows over all steps, each used once")
+    train_length: int = setting(1024, "tokens of a recovery row at most")
+    last_step_share: float = setting(
+        0.6, "share of the recovery rows for the last step; the others share the rest evenly"
+    )
+    loss_on: Literal["all", "answer"] = setting("all", "tokens the loss counts: the whole text, or the answer only")
+    learning_rate: float = setting(2e-3, "peak learning rate of AdamW")
+    batch_size: int = setting(8, "recovery rows an optimizer step takes")
+    micro_batch_size: int = setting(4, "rows that go through the model at once")
+    warmup: float = setting(0.1, "share of each step's updates over which the learning rate rises")
+    weight_decay: float = setting(0.001, "AdamW's weight decay")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    alpha: float = setting(16.0, "scale of the low-rank product is alpha / base_rank, whatever the rank")
+    base_rank: int = setting(8, "see alpha")
+    eval_data: str = setting("", "text for perplexity before and after; empty measures none")
+    eval_tokens: int = setting(0, "tokens of eval_data that are read; 0 reads all")
+    checkpoint_minutes: float = setting(5.0, "minutes between checkpoints during recovery")
+    seed: int = setting(0, "seed of everything random")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "type the model computes in; auto: bfloat16 where the processor multiplies it fast, else float32"
+    )
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise LosaError for the first setting that cannot be."""
+        for f in dataclasses.fields(self):
+            _check_type(f.name, getattr(self, f.name), f.type)
+        _require(0 <= self.sparsity < 1, "sparsity", self.sparsity, "at least 0 and below 1")
+        for kind in ("pruner", "allocator"):
+            cls, options = registry.get(kind, getattr(self, kind)), getattr(self, f"{kind}_options")
+            known = [f.name for f in dataclasses.fields(cls)]
+            for name in options:
+                if name not in known:
+                    raise registry.unknown(f"setting of {kind} {getattr(self, kind)!r}", name, known)
+        registry.get("recovery", self.recovery)
+        positive = "steps calibration_samples sequence_length rmi_samples train_samples train_length batch_size"
+        for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip"]:
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("mean_rank", "rank_growth", "error_tokens", "weight_decay", "eval_tokens", "checkpoint_minutes"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("warmup", "last_step_share"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        _require(
+            self.batch_size % self.micro_batch_size == 0,
+            "micro_batch_size",
+            self.micro_batch_size,
+            f"a divisor of batch_size ({self.batch_size})",
+        )
+        if self.recovery != "none":
+            _require(self.train_samples >= self.steps, "train_samples", self.train_samples, "at least one row a step")
+        if self.allocator == "rmi":
+            _require(self.rmi_samples >= 2, "rmi_samples", self.rmi_samples, "at least 2: RMI compares sequences")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", self.device):
+            raise LosaError(f"device {self.device!r}: use auto, cpu or cuda (cuda:0, cuda:1 ...)")
+        for pattern in [*self.ignore, *([] if self.targets in TARGETS else [self.targets])]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise LosaError(f"{pattern!r} is no regular expression: {error}") from None
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r0, fixed while ranks change."""
+        return self.alpha / self.base_rank
+
+    def sparsity_at(self, step: int) -> float:
+        """Mean sparsity after step 1..T (equations 8 and 10)."""
+        t = step / self.steps
+        return self.sparsity * (1 - (1 - t) ** 3 if self.schedule == "cubic" else t)
+
+    def mean_rank_at(self, step: int) -> float:
+        """Mean rank of step 1..T (equation 9)."""
+        return self.mean_rank + self.rank_growth * (step - 1)
+
+    @property
+    def max_rank(self) -> int:
+        """The most a block can get: max(16, twice the last mean)."""
+        return max(16, math.ceil(2 * self.mean_rank_at(self.steps)))
+
+    def rows_of(self, step: int) -> range:
+        """The recovery rows of step 1..T: the last takes its share, the others divide the rest; every row once."""
+        early = 0 if self.steps == 1 else round(self.train_samples * (1 - self.last_step_share))
+        bounds = [early * s // max(1, self.steps - 1) for s in range(self.steps)] + [self.train_samples]
+        return range(bounds[step - 1], bounds[step])
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+TARGETS = {
+    "all": r".*",
+    "qv": r".*\b(q_proj|v_proj)$",
+    "qkvo": r".*\b(q_proj|k_proj|v_proj|o_proj|out_proj)$",
+}
+
+
+def load(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of that name or JSON file (None: the defaults), with `overrides` on top. Raises LosaError."""
+    settings: dict[str, Any] = {}
+    if name_or_path in RECIPES:
+        settings = json.loads(resources.files("losa").joinpath("recipes", f"{name_or_path}.json").read_text())
+    elif name_or_path is not None:
+        path = Path(name_or_path)
+        if not path.is_file():
+            if path.suffix or "/" in name_or_path:
+                raise LosaError(f"recipe file {name_or_path!r} does not exist")
+            raise registry.unknown("recipe", name_or_path, RECIPES)
+        try:
+            settings = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise LosaError(f"recipe file {name_or_path!r} is not JSON: {error}") from None
+        if not isinstance(settings, dict):
+            raise LosaError(f"recipe file {name_or_path!r} holds no settings: expected one JSON object")
+    return from_settings(settings | (overrides or {}))
+
+
+def from_settings(settings: dict[str, Any]) -> Recipe:
+    """A recipe from a plain dict. Unknown names raise LosaError with the nearest valid one."""
+    known = {f.name: f for f in dataclasses.fields(Recipe)}
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in known:
+            raise registry.unknown("setting", name, known)
+        # JSON writes 6.0 as 6: an int is a float where a float is meant
+        whole = known[name].type is float and isinstance(value, int) and not isinstance(value, bool)
+        values[name] = float(value) if whole else value
+    return Recipe(**values)
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise registry.unknown(name, value, get_args(kind))
+        return
+    kind = get_origin(kind) or kind
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise LosaError(f"{name}: expected {kind.__name__}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise LosaError(f"{name}: {value} is not a finite number")
+
+
+def _require(true: bool, name: str, value: object, what: str) -> None:
+    if not true:
+        raise LosaError(f"{name} is {value}: must be {what}")

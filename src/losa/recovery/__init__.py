@@ -1,0 +1,1 @@
+"""How lost quality is won back."""

@@ -1,0 +1,25 @@
+"""What every recovery method is and does."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from losa.adapters import MaskedLinear
+from losa.model import Subject
+from losa.recipe import Recipe
+
+if TYPE_CHECKING:
+    from losa.data import Example
+    from losa.run import Run
+
+
+class Recovery(ABC):
+    """Wins back what pruning lost. `merges`: whether what it trains goes into the sparse weights exactly; a method that
+    does not can run once only. `layer`: what takes the place of a prunable linear. `trains`: whether it needs data."""
+
+    merges: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    layer: ClassVar[type[MaskedLinear]] = MaskedLinear
+
+    @abstractmethod
+    def recover(self, subject: Subject, examples: list["Example"], recipe: Recipe, step: int, run: "Run") -> None:
+        """Train `subject` on `examples` in place, from the checkpoint of this step in `run` if it holds one."""

@@ -1,0 +1,35 @@
+"""Low-rank recovery: the paper's, whose pair lies under the mask and merges, and LoRA kept apart, which does not."""
+
+from typing import TYPE_CHECKING
+
+from losa.adapters import LowRankLinear
+from losa.model import Subject
+from losa.recipe import Recipe
+from losa.recovery.base import Recovery
+from losa.recovery.training import train
+
+if TYPE_CHECKING:
+    from losa.data import Example
+    from losa.run import Run
+
+
+class MaskedLowRank(Recovery):
+    """Trains A and B of y = x (M * (W + s B A))^T, nothing else (paper, section 2.3)."""
+
+    def recover(self, subject: Subject, examples: list["Example"], recipe: Recipe, step: int, run: "Run") -> None:
+        """Train the pairs of all linears that have one."""
+        parameters = {
+            f"{name}.{pair}": getattr(linear, pair)
+            for block in subject.blocks
+            for name, linear in block.masked.items()
+            if linear.rank
+            for pair in ("lora_A", "lora_B")
+        }
+        train(subject, parameters, examples, recipe, step, run)
+
+
+class LowRankApart(MaskedLowRank):
+    """LoRA on the pruned model, y = x (M * W)^T + s (x A^T) B^T: the comparison. Its pair is saved beside the model."""
+
+    merges = False
+    layer = LowRankLinear

@@ -1,0 +1,41 @@
+"""Names to implementations, imported when first asked for. A new one of a kind is one file and one line here."""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+from losa.errors import LosaError
+
+PRUNERS = {
+    "magnitude": "losa.pruners.magnitude:Magnitude",
+    "wanda": "losa.pruners.wanda:Wanda",
+    "sparsegpt": "losa.pruners.sparsegpt:SparseGPT",
+}
+ALLOCATORS = {
+    "uniform": "losa.allocators.uniform:Uniform",
+    "rmi": "losa.allocators.rmi:RMI",
+}
+RECOVERIES = {
+    "losa": "losa.recovery.low_rank:MaskedLowRank",
+    "lora": "losa.recovery.low_rank:LowRankApart",
+    "none": "losa.recovery.none:NoRecovery",
+}
+KINDS = {"pruner": PRUNERS, "allocator": ALLOCATORS, "recovery": RECOVERIES}
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> LosaError:
+    """The error for a name that is not `known`, with the nearest one that is."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return LosaError(f"unknown {kind} {name!r}: {hint}")
+
+
+def get(kind: str, name: str) -> Any:
+    """The class registered as `name`; raises LosaError with the nearest name if there is none."""
+    table = KINDS[kind]
+    if name not in table:
+        raise unknown(kind, name, table)
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

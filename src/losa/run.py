@@ -1,0 +1,254 @@
+"""The run directory: what is saved when, atomically, so that a killed run goes on as if it had never stopped.
+
+DIR/run/recipe.json    what was asked, of which model, with which versions
+DIR/run/log.jsonl      one line an event
+DIR/run/dense.*        measurements of the dense model: features, Gram matrices, perplexity
+DIR/run/pruned.*       weights, masks and pairs after the latest pruning, and the history so far
+DIR/run/recovery.*     the pairs being trained since, with the optimizer's state
+DIR/*                  the finished model; losa.json comes last
+
+Every file is written beside its place, synced and renamed over it.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from losa.errors import LosaError
+from losa.progress import Progress
+from losa.recipe import Recipe
+
+T = TypeVar("T")
+VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "datasets")
+FORMAT = 1  # of the run directory; a reader refuses others
+
+
+@dataclass
+class Saved:
+    tensors: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class Run:
+    """A run and its directory; without one (None) nothing is kept and nothing can be resumed."""
+
+    def __init__(self, output: Path | None, progress: Progress) -> None:
+        self.output, self.progress = output, progress
+        self._folder = output / "run" if output else None
+        self._saved_at = time.monotonic()
+        self._lock: int | None = None
+        self.umask = os.umask(0)
+        os.umask(self.umask)
+
+    @classmethod
+    def open(
+        cls,
+        output: Path | None,
+        recipe: Recipe,
+        source: str,
+        progress: Progress,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> "Run":
+        """Start a run in `output`, or go on with the one it holds. Raises LosaError if it may not, or cannot be written."""
+        run = cls(output, progress)
+        if output is None or run._folder is None:
+            return run
+        asked = {"format": FORMAT, "source": source, "recipe": recipe.to_json(), "versions": versions()}
+        with writing(output):
+            if resume:
+                run._check_same(asked)
+            else:
+                check_output(output, overwrite)
+                if overwrite:
+                    _remove(output)
+            run._folder.mkdir(parents=True, exist_ok=True)
+            run._take_lock()
+            for left in [*run._folder.glob("*.new"), *run._folder.glob("export")]:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            if not resume:
+                write_json(run._folder / "recipe.json", asked)
+        run.log("resumed" if resume else "started", source=source, recipe=asked["recipe"], versions=asked["versions"])
+        return run
+
+    def _check_same(self, asked: dict[str, Any]) -> None:
+        assert self.output is not None
+        kept = read_recipe(self.output)
+        for name in ("source", "versions"):
+            if kept[name] != asked[name]:
+                raise LosaError(
+                    f"{self.output} was started with {name} {kept[name]}, not {asked[name]}: start a new run"
+                )
+        for name, value in asked["recipe"].items():
+            if kept["recipe"].get(name) != value:
+                was = kept["recipe"].get(name)
+                raise LosaError(f"{self.output} was started with {name} = {was!r}, not {value!r}: resume it as it was")
+
+    def _take_lock(self) -> None:
+        """The system frees it however the process ends."""
+        assert self._folder is not None
+        self._lock = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise LosaError(f"{self.output} is in use by another losa: wait for it, or choose another output") from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    def save(self, name: str, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Keep `tensors` (contiguous) and `meta` (JSON) as `name`, in place of what was there, in one step."""
+        if self._folder is None:
+            return
+        from safetensors.torch import save_file
+
+        path = self._folder / f"{name}.safetensors"
+        with writing(self._folder), replacing(path) as new:
+            save_file(tensors, new, {"losa": json.dumps(meta)})
+        self._saved_at = time.monotonic()
+
+    def load(self, name: str) -> Saved | None:
+        """What was kept as `name`, on the CPU, or None."""
+        path = self._folder / f"{name}.safetensors" if self._folder else None
+        if path is None or not path.is_file():
+            return None
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return Saved(tensors, json.loads(file.metadata()["losa"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise LosaError(f"{path} is damaged ({error}): start a new run") from None
+
+    def drop(self, name: str) -> None:
+        """Forget `name`."""
+        if self._folder:
+            (self._folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+    def checkpoint_due(self, minutes: float) -> bool:
+        """Whether so much time has passed since something was saved."""
+        return self._folder is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    # ------------------------------------------------------------------------------------------------------ telling
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Add a line to log.jsonl."""
+        if self._folder is None:
+            return
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+        with writing(self._folder), (self._folder / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def track(self, items: Sequence[T], what: str, done: int = 0) -> Iterator[T]:
+        """`items` one by one, showing how far and how long; `done` came before."""
+        return self.progress.track(items, what, done)
+
+    def say(self, line: str) -> None:
+        self.progress.say(line)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the result's bytes."""
+    from losa import __version__
+
+    return {"losa": __version__, "python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in VERSIONED
+    }
+
+
+def check_output(output: Path, overwrite: bool = False) -> None:
+    """Raise LosaError if a new run may not be put there: a file, a run not to be overwritten, anything that is not a run."""
+    if output.exists() and not output.is_dir():
+        raise LosaError(f"output {str(output)!r} is a file: name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / "run" / "recipe.json").is_file():
+            raise LosaError(f"output {str(output)!r} exists and is no run of losa: name another folder")
+        if not overwrite:
+            raise LosaError(f"output {str(output)!r} holds a run: --resume goes on with it, --overwrite replaces it")
+    parent = next(p for p in [output, *output.absolute().parents] if p.is_dir())
+    if not os.access(parent, os.W_OK):
+        raise LosaError(f"output {str(output)!r} cannot be written: no permission in {str(parent)!r}")
+
+
+def read_recipe(output: Path) -> dict[str, Any]:
+    """run/recipe.json. Raises LosaError if `output` holds no run, or one of another format."""
+    path = output / "run" / "recipe.json"
+    if not path.is_file():
+        raise LosaError(f"{str(output)!r} holds no run to resume: start it without --resume")
+    try:
+        kept = json.loads(path.read_text())
+        if kept["format"] != FORMAT:
+            raise LosaError(f"{path} is of format {kept['format']}, this losa reads {FORMAT}: start a new run")
+        return {name: kept[name] for name in ("source", "recipe", "versions")}
+    except (ValueError, KeyError, TypeError):
+        raise LosaError(f"{path} is damaged: start a new run") from None
+
+
+def _remove(output: Path) -> None:
+    """Empty a run's folder; losa.json goes first, so that no half of it looks finished."""
+    (output / "losa.json").unlink(missing_ok=True)
+    for path in output.iterdir() if output.is_dir() else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON to read, atomically."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`content` at `path`, whole or not at all."""
+    with replacing(path) as new:
+        new.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write to the path given; it is then synced and renamed to `path`, or taken away if writing fails."""
+    new = path.with_name(path.name + ".new")
+    try:
+        yield new
+        sync(new)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turns what the file system refuses into a LosaError that names the place."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        note = "what was saved before can be resumed"
+        raise LosaError(f"{str(place)!r} cannot be written: {reason}; {note}") from error
