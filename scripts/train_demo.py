@@ -157,7 +157,8 @@ def main() -> None:
     state, first = args.output / "state.safetensors", 0
     if state.exists():
         load_state(state, masters, optimizers)
-        first = _step_of(state)
+        with safe_open(state, "pt") as file:
+            first = int(file.metadata()["step"])
     body = torch.compile(lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state)
 
     started = time.time()
