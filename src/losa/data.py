@@ -4,6 +4,7 @@ A source is a name in SOURCES, a local file, or `owner/name[:split]` on the hub.
 and answer (plain text is an answer without a prompt), and rows become what calibration, training and evaluation read.
 """
 
+import difflib
 import json
 import os
 import random
@@ -154,10 +155,9 @@ def _place(source: str) -> Literal["demo", "named", "file", "hub"]:
         return "file"
     pathlike = source.startswith(("/", ".", "~")) or ("/" in source and path.parent.is_dir())
     if pathlike or path.suffix in SUFFIXES:
-        near = [str(p) for p in path.parent.glob("*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
-        if 0 < len(near) <= 20:
-            raise registry.unknown("file", source, near)
-        raise LosaError(f"file {source!r} does not exist")
+        others = [str(p) for p in path.parent.glob("*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(source, others, n=1)
+        raise LosaError(f"file {source!r} does not exist" + (f": did you mean {near[0]!r}?" if near else ""))
     if HUB_NAME.fullmatch(source):
         return "hub"
     raise registry.unknown("data source", source, [*SOURCES, "FILE" + "|".join(SUFFIXES), "OWNER/NAME[:SPLIT]"])

@@ -78,10 +78,10 @@ def compress(
     name = source if isinstance(source, str) else type(source).__name__
     config = check(source, recipe, output, resume or overwrite)
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer(source, config)
-    if resume and output is not None and (output / "losa.json").is_file():
-        return finished(output, recipe, tokenizer)
     run = Run.open(output, recipe, name, progress or Progress(quiet=True), resume=resume, overwrite=overwrite)
     try:
+        if run.finished:
+            return finished(run.output, recipe, tokenizer)
         inputs = read(recipe, tokenizer)
         loaded = model.load(source, recipe) if isinstance(source, str) else source
         return _compress(model.subject_of(loaded, tokenizer, name, recipe, config.dtype), recipe, inputs, run)
@@ -137,7 +137,7 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
     for block in run.track(subject.blocks, "dense model"):
         stream.advance(block)
         features.append(stream.sample(positions).cpu())
-        grams.append(stream.gram(rmi_samples(recipe) if needs_grams else 0))
+        grams.append(stream.gram(rmi_samples(recipe)) if needs_grams else torch.empty(0, 0))
     dense = Dense(torch.stack(features), torch.stack(grams), perplexity)
     run.save("dense", {"features": dense.features, "grams": dense.grams}, {"perplexity": perplexity})
     run.log("dense", perplexity=perplexity)
@@ -277,8 +277,9 @@ def tell(run: Run, record: dict[str, Any], recipe: Recipe, seconds: float) -> No
     run.say(f"{line}, {seconds:.0f} s")
 
 
-def finished(output: Path, recipe: Recipe, tokenizer: Any) -> Result:
+def finished(output: Path | None, recipe: Recipe, tokenizer: Any) -> Result:
     """The result of a run that has nothing left to do."""
+    assert output is not None
     made = json.loads((output / "losa.json").read_text())
     return Result(model.load(str(output), recipe), tokenizer, recipe, made["measurements"], made["history"], output)
 

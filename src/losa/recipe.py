@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from losa import registry
@@ -74,6 +75,8 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _widened(getattr(self, f.name), f.type))
         self.validate()
 
     def validate(self) -> None:
@@ -87,6 +90,13 @@ class Recipe:
             for name in options:
                 if name not in known:
                     raise registry.unknown(f"setting of {kind} {getattr(self, kind)!r}", name, known)
+            for f in dataclasses.fields(cls):
+                if f.name in options:
+                    _check_type(f"{kind}_options.{f.name}", options[f.name], f.type)
+            try:
+                cls(**options)
+            except LosaError as error:
+                raise LosaError(f"{kind}_options: {error}") from None
         registry.get("recovery", self.recovery)
         positive = "steps calibration_samples sequence_length rmi_samples train_samples train_length batch_size"
         for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip"]:
@@ -104,14 +114,17 @@ class Recipe:
         if self.recovery != "none":
             _require(self.train_samples >= self.steps, "train_samples", self.train_samples, "at least one row a step")
         if self.allocator == "rmi":
-            _require(self.rmi_samples >= 2, "rmi_samples", self.rmi_samples, "at least 2: RMI compares sequences")
+            for name in ("rmi_samples", "calibration_samples"):
+                _require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2: RMI compares sequences")
+        _require(abs(self.seed) <= 10**15, "seed", self.seed, "at most 1e15 either way")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", self.device):
             raise LosaError(f"device {self.device!r}: use auto, cpu or cuda (cuda:0, cuda:1 ...)")
-        for pattern in [*self.ignore, *([] if self.targets in TARGETS else [self.targets])]:
+        patterns = [("ignore", pattern) for pattern in self.ignore]
+        for name, pattern in [*patterns, *([] if self.targets in TARGETS else [("targets", self.targets)])]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise LosaError(f"{pattern!r} is no regular expression: {error}") from None
+                raise LosaError(f"{name}: {pattern!r} is no regular expression: {error}") from None
 
     @property
     def scaling(self) -> float:
@@ -161,7 +174,7 @@ def load(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> R
                 raise LosaError(f"recipe file {name_or_path!r} does not exist")
             raise registry.unknown("recipe", name_or_path, RECIPES)
         try:
-            settings = json.loads(path.read_text())
+            settings = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise LosaError(f"recipe file {name_or_path!r} is not JSON: {error}") from None
         if not isinstance(settings, dict):
@@ -172,14 +185,15 @@ def load(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> R
 def from_settings(settings: dict[str, Any]) -> Recipe:
     """A recipe from a plain dict. Unknown names raise LosaError with the nearest valid one."""
     known = {f.name: f for f in dataclasses.fields(Recipe)}
-    values: dict[str, Any] = {}
-    for name, value in settings.items():
+    for name in settings:
         if name not in known:
             raise registry.unknown("setting", name, known)
-        # JSON writes 6.0 as 6: an int is a float where a float is meant
-        whole = known[name].type is float and isinstance(value, int) and not isinstance(value, bool)
-        values[name] = float(value) if whole else value
-    return Recipe(**values)
+    return Recipe(**settings)
+
+
+def _widened(value: Any, kind: Any) -> Any:
+    """6 as 6.0 where a float is meant (JSON does not tell them apart), unless no float is as large."""
+    return float(value) if kind is float and type(value) is int and abs(value) < 2**1023 else value
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
@@ -187,9 +201,14 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         if value not in get_args(kind):
             raise registry.unknown(name, value, get_args(kind))
         return
-    kind = get_origin(kind) or kind
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise LosaError(f"{name}: expected {kind.__name__}, got {value!r}")
+    parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    allowed = tuple(get_origin(part) or part for part in parts)
+    if float in allowed:
+        value = _widened(value, float)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise LosaError(f"{name}: expected {' or '.join(k.__name__ for k in allowed)}, got {value!r}")
+    if kind == list[str] and not all(isinstance(part, str) for part in value):
+        raise LosaError(f"{name}: expected a list of strings, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise LosaError(f"{name}: {value} is not a finite number")
 

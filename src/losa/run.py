@@ -109,6 +109,10 @@ class Run:
             os.close(self._lock)
             self._lock = None
 
+    @property
+    def finished(self) -> bool:
+        return self.output is not None and (self.output / "losa.json").is_file()
+
     # ------------------------------------------------------------------------------------------------------- state
 
     def save(self, name: str, tensors: dict[str, Any], meta: dict[str, Any]) -> None:

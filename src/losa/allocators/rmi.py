@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from losa.allocators.base import Allocator, Evidence
+from losa.allocators.base import Allocator, Evidence, water_level
+from losa.errors import LosaError
 
-# A block pruned to exactly 1 would have no weights: the upper end of every box.
+# A block pruned to exactly 1 would have no weights: the upper end of every box, unless the mean itself is above.
 ALMOST_ALL = 0.999
 
 
@@ -16,13 +17,15 @@ def rmi_matrix(grams: list[torch.Tensor]) -> torch.Tensor:
     With K = X X^T, ||Y^T X||_F^2 is the inner product of K_X and K_Y, and ||X^T X||_F is ||K_X||_F.
     """
     flat: torch.Tensor = torch.stack([gram.double().flatten() for gram in grams])
+    if not bool(flat.isfinite().all()):
+        raise LosaError("RMI: the blocks' outputs hold NaN or infinity: check the model and the calibration data")
     flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-300)
     return flat @ flat.T
 
 
 def importance(rmi: torch.Tensor, beta: float) -> torch.Tensor:
     """exp(-beta * share of all RMI that a block has with the others) (equation 4, normalised as the authors' code)."""
-    sums = rmi.sum(dim=1) - rmi.diagonal()
+    sums = rmi.clone().fill_diagonal_(0).clamp_min(0).sum(dim=1)  # rounding may leave a product of 0 below it
     return torch.exp(-beta * sums / sums.sum().clamp_min(1e-300))
 
 
@@ -35,19 +38,25 @@ def solve_box(cost: list[float], counts: list[int], target: float, low: list[flo
     left = target * sum(counts) - sum(c * r for c, r in zip(counts, rates, strict=True))
     for unit in sorted(range(len(cost)), key=lambda u: (cost[u] / counts[u], u)):
         step = min(high[unit] - low[unit], max(0.0, left) / counts[unit])
-        rates[unit] = low[unit] + step
+        rates[unit] = min(high[unit], low[unit] + step)
         left -= step * counts[unit]
     return rates
 
 
 @dataclass
 class RMI(Allocator):
-    """beta: sharpness of the importance (cannot move the optimum, only its order could). delta: half the box's width;
-    None takes the paper's 0.01 up to a mean of 0.5, 0.02 up to 0.6, then 0.03."""
+    """beta: sharpness of the importance (the optimum moves with its order only, if blocks are of one size). delta: half
+    the box's width; None takes the paper's 0.01 up to a mean of 0.5, 0.02 up to 0.6, then 0.03."""
 
     beta: float = 1.0
     delta: float | None = None
     needs_grams = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta <= 700:  # exp(-beta) must not be 0: the order would be lost
+            raise LosaError(f"beta must be above 0 and at most 700, not {self.beta!r}")
+        if self.delta is not None and not 0 <= self.delta <= 1:
+            raise LosaError(f"delta must be between 0 and 1, not {self.delta!r}")
 
     def rates(self, evidence: Evidence) -> list[float]:
         assert evidence.grams is not None
@@ -55,8 +64,9 @@ class RMI(Allocator):
         cost = importance(rmi_matrix(evidence.grams), self.beta).tolist()
         delta = self.delta if self.delta is not None else default_delta(target)
         # a block never loses sparsity from one step to the next (equations.md, decision 1)
-        low = [max(0.0, target - delta, floor) for floor in evidence.floors]
-        high = [max(bound, min(ALMOST_ALL, target + delta)) for bound in low]
+        lowest = max(0.0, min(target - delta, water_level(evidence)))
+        low = [max(lowest, floor) for floor in evidence.floors]
+        high = [max(bound, target, min(ALMOST_ALL, target + delta)) for bound in low]
         return solve_box(cost, evidence.counts, target, low, high)
 
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from losa.allocators.base import Allocator, Evidence
+from losa.allocators.base import Allocator, Evidence, water_level
 
 
 @dataclass
 class Uniform(Allocator):
-    """Every unit gets the mean."""
+    """Every unit gets the mean; less, if some are above it already."""
 
     def rates(self, evidence: Evidence) -> list[float]:
-        return [evidence.target] * len(evidence.counts)
+        level = water_level(evidence)
+        return [max(level, floor) for floor in evidence.floors]

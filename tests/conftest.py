@@ -1,0 +1,114 @@
+"""Tiny random models with the demo's tokenizer, and a little text, in folders as a user has them."""
+
+import json
+import os
+import random
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+# Before torch: on tiny models threads only wait for each other. Subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+import transformers
+
+from losa.recipe import Recipe
+
+WIDTHS = dict(
+    vocab_size=2048,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+GATED = WIDTHS | {"intermediate_size": 48, "num_key_value_heads": 2}
+MODELS: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED)),
+    "llama-tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED, tie_word_embeddings=True)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GATED, sliding_window=8)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**GATED, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    ),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GATED, head_dim=8)),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**WIDTHS, ffn_dim=48, word_embed_proj_dim=16, pad_token_id=1)
+    ),
+}
+
+
+def tiny(kind: str = "llama") -> Any:
+    """A random model in fp32; norms and biases are random too, so that nothing passes by being one or zero."""
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+            else:
+                parameter *= 4
+    return model
+
+
+def tokenizer() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(str(resources.files("losa").joinpath("demo", "model")))
+
+
+def save_tiny(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+    tiny(kind).to(dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def loud_libraries() -> None:
+    """The command line silences transformers; each test starts as a new process would."""
+    transformers.utils.logging.set_verbosity_warning()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 70 000 tokens of made-up text in one file of rows."""
+    rng = random.Random(0)
+    words = ["def", "return", "self", "import", "for", "value", "in", "range", "(", ")", ":", "\n", "0", "1", "x"]
+    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    rows = [json.dumps({"text": " ".join(rng.choices(words, k=100))}) for _ in range(600)]
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def settings(text: Path) -> dict[str, Any]:
+    """A run of two steps that takes about a second."""
+    return dict(
+        sparsity=0.5,
+        steps=2,
+        mean_rank=2.0,
+        calibration=str(text),
+        calibration_samples=12,
+        sequence_length=24,
+        rmi_samples=8,
+        error_tokens=100,
+        train_data=str(text),
+        train_samples=16,
+        train_length=24,
+        batch_size=4,
+        micro_batch_size=2,
+        eval_data=str(text),
+        eval_tokens=500,
+        dtype="float32",
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def small(settings: dict[str, Any]) -> Recipe:
+    return Recipe(**settings)

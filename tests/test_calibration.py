@@ -1,0 +1,120 @@
+"""Streaming block by block gives what one pass through the whole model gives."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from conftest import MODELS, tiny
+from torch import Tensor
+
+from losa import calibration
+from losa.calibration import Stream
+from losa.model import Block, find_blocks
+
+TOKENS = torch.randint(1, 2048, (7, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", 60)  # three sequences a batch: two batches of 3 and one of 1
+
+
+def whole(model: Any, blocks: list[Block]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What every block puts out and every linear is given, in one pass over all tokens."""
+    outputs, inputs = {}, {}
+    for block in blocks:
+        block.module.register_forward_hook(lambda _m, _i, out, name=block.name: outputs.__setitem__(name, out))
+        for name, linear in block.linears.items():
+            linear.register_forward_pre_hook(lambda _m, i, name=name: inputs.__setitem__(name, i[0]))
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    return outputs, inputs
+
+
+class Inputs:
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+        self.sequences = 0
+
+    def update(self, x: Tensor, sequences: int) -> None:
+        self.seen.append(x.clone())
+        self.sequences += sequences
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_features_and_inputs_equal_those_of_the_whole_model(kind: str) -> None:
+    """Attention masks and rotary embeddings that differ by block (sliding windows) are each block's own."""
+    model = tiny(kind)
+    blocks = find_blocks(model)
+    copy = tiny(kind)
+    expected, given = whole(copy, find_blocks(copy))
+    stream = Stream(model, blocks, TOKENS, torch.device("cpu"))
+    for block in blocks:
+        statistics: dict[str, Any] = {name: Inputs() for name in block.linears}
+        stream.observe(block, statistics)
+        for name in block.linears:
+            x = given[name].reshape(-1, given[name].shape[-1])
+            torch.testing.assert_close(torch.cat(statistics[name].seen), x, rtol=1e-4, atol=1e-5)
+            assert statistics[name].sequences == 7
+        stream.advance(block)
+        torch.testing.assert_close(torch.cat(stream.hiddens), expected[block.name], rtol=1e-4, atol=1e-5)
+
+
+def test_linears_with_the_same_input_share_a_statistic() -> None:
+    blocks = find_blocks(model := tiny())
+    stream = Stream(model, blocks, TOKENS, torch.device("cpu"))
+    statistics: dict[str, Any] = {name: Inputs() for name in blocks[0].linears}
+    stream.observe(blocks[0], statistics)
+    distinct = {id(statistic) for statistic in statistics.values()}
+    assert len(distinct) == 4  # q k v; o; gate up; down
+    attention = "model.layers.0.self_attn."
+    assert statistics[attention + "q_proj"] is statistics[attention + "v_proj"]
+
+
+def test_only_one_set_of_features_is_held() -> None:
+    blocks = find_blocks(model := tiny())
+    stream = Stream(model, blocks, TOKENS, torch.device("cpu"))
+    one = sum(hidden.numel() for hidden in stream.hiddens)
+    shape = stream.hiddens[0].shape[1:]
+    for block in blocks:
+        stream.advance(block)
+        gc.collect()
+        live = sum(t.numel() for t in gc.get_objects() if type(t) is Tensor and t.ndim == 3 and t.shape[1:] == shape)
+        assert live == one
+
+
+def test_samples_are_the_features_at_their_positions() -> None:
+    blocks = find_blocks(model := tiny())
+    stream = Stream(model, blocks, TOKENS, torch.device("cpu"))
+    stream.advance(blocks[0])
+    positions = torch.tensor([0, 19, 20, 59, 60, 119, 120, 139])
+    everything = stream.sample(None)
+    assert everything.shape == (140, 32)
+    assert torch.equal(stream.sample(positions), everything[positions])
+
+
+def test_gram_is_that_of_the_centred_features() -> None:
+    blocks = find_blocks(model := tiny())
+    stream = Stream(model, blocks, TOKENS, torch.device("cpu"))
+    stream.advance(blocks[0])
+    for n in (5, 7):
+        x = torch.cat(stream.hiddens)[:n].flatten(1).double()
+        x = x - x.mean(dim=0)
+        torch.testing.assert_close(stream.gram(n), x @ x.T, rtol=1e-5, atol=1e-4)
+
+
+def test_a_block_can_compute_away_from_home() -> None:
+    """Blocks visit the device one at a time and go back: every weight is where it was, features stay at home."""
+    if not torch.accelerator.is_available():
+        pytest.skip("no accelerator on this machine")
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    blocks = find_blocks(model := tiny())
+    copy = tiny()
+    expected, _ = whole(copy, find_blocks(copy))
+    stream = Stream(model, blocks, TOKENS, device)
+    for block in blocks:
+        stream.advance(block)
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        torch.testing.assert_close(torch.cat(stream.hiddens).cpu(), expected[block.name], rtol=1e-2, atol=1e-2)

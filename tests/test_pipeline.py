@@ -1,0 +1,285 @@
+"""What always holds, whatever the model: DESIGN's invariants over the whole algorithm."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import MODELS, save_tiny, tiny, tokenizer
+from torch import Tensor
+
+import losa
+from losa import masks, pipeline
+from losa.data import calibration_tokens, training_examples
+from losa.errors import LosaError
+from losa.export import load_masks
+from losa.model import find_blocks
+from losa.recipe import Recipe
+from losa.recovery.low_rank import MaskedLowRank
+
+TEXT = torch.arange(1, 40).unsqueeze(0)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(input_ids=TEXT).logits
+    return out
+
+
+def changed(recipe: Recipe, **settings: Any) -> Recipe:
+    return Recipe(**{**recipe.to_json(), **settings})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_saved_model_loads_and_is_as_sparse_as_its_masks(
+    kind: str, pruner: str, tmp_path: Path, small: Recipe
+) -> None:
+    """Invariants 1, 6: zeros where the masks say, masks as sparse as asked, the same logits from disk."""
+    source = save_tiny(tmp_path / "dense", kind)
+    result = losa.compress(str(source), changed(small, pruner=pruner), tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(result.model))
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("def")["input_ids"]
+        == tokenizer()("def")["input_ids"]
+    )
+    bits = load_masks(tmp_path / "out")
+    named = dict(loaded.named_modules())
+    blocks = find_blocks(loaded)
+    assert set(bits) == {name for block in blocks for name in block.linears}
+    for block in blocks:
+        rate = result.history[-1]["rates"][block.name]
+        for name in block.linears:
+            weight = named[name].weight
+            mask = masks.unpack(bits[name], weight.shape[1])
+            assert (weight[~mask] == 0).all()
+            assert 0 <= rate - masks.sparsity(mask) <= 1 / 32  # one weight of a row of 32
+    dense = transformers.AutoModelForCausalLM.from_pretrained(source)
+    for name, parameter in dense.named_parameters():
+        if not any(name.startswith(linear) for linear in bits):
+            assert torch.equal(parameter, loaded.get_parameter(name)), f"{name} is no business of ours"
+    assert not (tmp_path / "out" / "run" / "pruned.safetensors").exists()
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_merged_and_adapted_model_agree(pruner: str, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 2, in fp32: relative 1e-5."""
+    before: list[Tensor] = []
+    merge = pipeline.Subject.merge
+
+    def spy(subject: Any) -> Any:
+        assert any(bool(linear.lora_B.any()) for block in subject.blocks for linear in block.masked.values())
+        before.append(logits(subject.model))
+        return merge(subject)
+
+    monkeypatch.setattr(pipeline.Subject, "merge", spy)
+    result = losa.compress(tiny(), changed(small, pruner=pruner), tokenizer=tokenizer())
+    assert (logits(result.model) - before[0]).norm() <= 1e-5 * before[0].norm()
+
+
+def one_shot_wanda(model: Any, tokens: Tensor, sparsity: float) -> None:
+    """The published method in float64, written from its paper: block by block, inputs from the pruned blocks before."""
+    for block in find_blocks(model):
+        inputs: dict[str, Tensor] = {}
+
+        def keep(_m: Any, x: tuple[Tensor], name: str, inputs: dict[str, Tensor] = inputs) -> None:
+            inputs[name] = x[0].flatten(0, -2)
+
+        hooks = [linear.register_forward_pre_hook(partial(keep, name=name)) for name, linear in block.linears.items()]
+        with torch.no_grad():
+            model(input_ids=tokens)
+        for hook in hooks:
+            hook.remove()
+        for name, linear in block.linears.items():
+            score = linear.weight.data.abs() * inputs[name].norm(dim=0)
+            order = score.argsort(dim=1, stable=True)[:, : int(sparsity * score.shape[1])]
+            linear.weight.data.scatter_(1, order, 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "qwen3"])
+def test_one_step_without_training_is_the_published_method(kind: str, small: Recipe) -> None:
+    """Invariant 3, weight for weight."""
+    plain = changed(small, steps=1, allocator="uniform", recovery="none", eval_data="")
+    oracle = tiny(kind).double()
+    tokens = calibration_tokens(small.calibration, tokenizer(), 12, 24, small.seed)
+    one_shot_wanda(oracle, tokens, 0.5)
+    result = losa.compress(tiny(kind), plain, tokenizer=tokenizer())
+    for block, expected in zip(find_blocks(result.model), find_blocks(oracle), strict=True):
+        for name, linear in block.linears.items():
+            assert torch.equal(linear.weight.double(), expected.linears[name].weight), name
+
+
+def test_errors_are_those_against_the_dense_model(small: Recipe) -> None:
+    """E_l over all tokens, by the formula, from two whole models."""
+    plain = changed(small, steps=1, recovery="none", error_tokens=0)
+    result = losa.compress(tiny(), plain, tokenizer=tokenizer())
+    tokens = calibration_tokens(small.calibration, tokenizer(), 12, 24, small.seed)
+    outputs = []
+    for model in (tiny().double(), result.model.double()):
+        features: list[Tensor] = []
+        for block in find_blocks(model):
+            block.module.register_forward_hook(lambda _m, _i, out, to=features: to.append(out.flatten(0, 1)))
+        with torch.no_grad():
+            model(input_ids=tokens)
+        outputs.append(features)
+    for dense, pruned, error in zip(*outputs, result.history[0]["errors"], strict=True):
+        expected = (((dense - pruned) / dense.norm(dim=0)) ** 2).sum() / dense.shape[1]
+        assert error == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_same_seed_same_bytes_and_another_seed_others(llama: Path, tmp_path: Path, small: Recipe) -> None:
+    """Invariant 4."""
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        losa.compress(str(llama), changed(small, seed=seed), tmp_path / name)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a")["model.safetensors"] != files(tmp_path / "c")["model.safetensors"]
+
+
+def test_masks_are_nested_and_ranks_sum_to_the_mean(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over four steps, pruned weights stay pruned (set_mask refuses others) and ranks grow as equation 9 says."""
+    recipe = changed(small, steps=4, pruner="sparsegpt", train_samples=32)
+    result = losa.compress(tiny(), recipe, tokenizer=tokenizer())
+    assert [sum(record["ranks"]) for record in result.history] == [6, 9, 12, 15]
+    for earlier, later in zip(result.history, result.history[1:], strict=False):
+        assert all(later["rates"][name] >= rate for name, rate in earlier["rates"].items())
+    for step, record in enumerate(result.history, 1):
+        mean = sum(record["rates"].values()) / 3
+        assert mean == pytest.approx(recipe.sparsity_at(step), abs=1e-9)
+
+
+def test_each_strategy_can_be_switched_off_alone(small: Recipe) -> None:
+    full = losa.compress(tiny(), small, tokenizer=tokenizer()).history
+    rates = losa.compress(tiny(), changed(small, allocator="uniform"), tokenizer=tokenizer()).history
+    same = losa.compress(tiny(), changed(small, rank_by="uniform"), tokenizer=tokenizer()).history
+    by_rate = losa.compress(tiny(), changed(small, rank_by="sparsity"), tokenizer=tokenizer()).history
+    once = losa.compress(tiny(), changed(small, steps=1), tokenizer=tokenizer()).history
+    assert len(set(full[-1]["rates"].values())) > 1 and len(set(full[-1]["ranks"])) > 1
+    assert set(rates[-1]["rates"].values()) == {0.5} and len(set(rates[-1]["ranks"])) > 1
+    assert len(set(same[-1]["rates"].values())) > 1 and set(same[-1]["ranks"]) == {3}
+    assert sum(by_rate[-1]["ranks"]) == 9 and by_rate[-1]["ranks"] != full[-1]["ranks"]
+    assert len(once) == 1
+
+
+@pytest.mark.parametrize(("targets", "count"), [("all", 7), ("qv", 2), ("qkvo", 4), (r"mlp\.", 3)])
+def test_targets_are_adapted_and_everything_is_pruned(targets: str, count: int, small: Recipe, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Spy(MaskedLowRank):
+        def recover(self, subject: Any, *rest: Any) -> None:
+            super().recover(subject, *rest)
+            seen.append(sum(bool(linear.rank) for linear in subject.blocks[0].masked.values()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("losa.recovery.low_rank.MaskedLowRank", Spy)
+        result = losa.compress(tiny(), changed(small, targets=targets), tmp_path / "out", tokenizer=tokenizer())
+    assert seen == [count, count]
+    assert all(
+        masks.sparsity(masks.unpack(b, 48)[:, :32]) > 0.4
+        for b in load_masks(tmp_path / "out").values()
+        if b.shape[1] == 6
+    )
+    assert result.measurements["sparse"]["sparsity"] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own call
+def test_lora_kept_apart_is_saved_as_peft_reads_it(llama: Path, tmp_path: Path, small: Recipe) -> None:
+    peft = pytest.importorskip("peft")
+    recipe = changed(small, recovery="lora", steps=1, allocator="uniform")
+    result = losa.compress(str(llama), recipe, tmp_path / "out")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(base), logits(result.model))
+    whole = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    from losa.data import evaluation_tokens
+    from losa.evaluate import perplexity
+
+    tokens = evaluation_tokens(small.eval_data, tokenizer())[: small.eval_tokens]
+    assert perplexity(whole, tokens, 64) == pytest.approx(result.measurements["sparse"]["perplexity"], rel=1e-4)
+
+
+def test_lora_kept_apart_cannot_take_steps(small: Recipe) -> None:
+    with pytest.raises(LosaError, match="does not merge"):
+        losa.compress(tiny(), changed(small, recovery="lora"), tokenizer=tokenizer())
+
+
+def test_recovery_lowers_the_loss(small: Recipe, llama: Path, tmp_path: Path) -> None:
+    pruned = losa.compress(str(llama), changed(small, recovery="none"), tmp_path / "none").measurements
+    better = losa.compress(
+        str(llama), changed(small, train_samples=200, learning_rate=1e-2), tmp_path / "losa"
+    ).measurements
+    assert better["sparse"]["perplexity"] < 0.9 * pruned["sparse"]["perplexity"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(small: Recipe) -> None:
+    with pytest.raises(LosaError, match="lower learning_rate"):
+        losa.compress(tiny(), changed(small, learning_rate=1e30, clip=1e30, train_samples=60), tokenizer=tokenizer())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("moment", range(8))
+def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(
+    moment: int, pruner: str, llama: Path, tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 4: killed after its n-th save (dense, pruned, two of each recovery, ...), resumed, the same files."""
+    recipe = changed(small, pruner=pruner, checkpoint_minutes=0.0)
+    whole = losa.compress(str(llama), recipe, tmp_path / "whole")
+    saves = 0
+    save = pipeline.Run.save
+
+    def dying(run: Any, *rest: Any) -> None:
+        nonlocal saves
+        save(run, *rest)
+        saves += 1
+        if saves == moment + 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Run, "save", dying)
+        with pytest.raises(Killed):
+            losa.compress(str(llama), recipe, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "losa.json").exists()
+    resumed = losa.compress(str(llama), recipe, tmp_path / "killed", resume=True)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert resumed.history == whole.history
+
+
+def test_resuming_a_finished_run_returns_its_result(llama: Path, tmp_path: Path, small: Recipe) -> None:
+    first = losa.compress(str(llama), small, tmp_path / "out")
+    again = losa.compress(str(llama), small, tmp_path / "out", resume=True)
+    assert again.measurements == first.measurements
+    assert torch.equal(logits(again.model), logits(first.model))
+
+
+def test_losa_json_tells_where_the_model_came_from(llama: Path, tmp_path: Path, small: Recipe) -> None:
+    result = losa.compress(str(llama), small, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "losa.json").read_text())
+    assert made["source"] == str(llama) and made["recipe"] == small.to_json()
+    assert made["measurements"] == result.measurements and made["versions"]["losa"] == losa.__version__
+    events = [json.loads(line) for line in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events if e["event"] != "update"] == ["started", "dense", "step", "step", "finished"]
+    assert sum(e["event"] == "update" for e in events) == 5  # 6 rows in batches of 4, then 10
+
+
+def test_training_rows_are_read_once_each(small: Recipe) -> None:
+    seen: list[Tensor] = []
+
+    class Spy(MaskedLowRank):
+        def recover(self, subject: Any, examples: Any, *rest: Any) -> None:
+            seen.extend(example.input_ids for example in examples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("losa.recovery.low_rank.MaskedLowRank", Spy)
+        losa.compress(tiny(), small, tokenizer=tokenizer())
+    expected = training_examples(small.train_data, tokenizer(), 16, 24, small.seed)
+    assert len(seen) == 16 and all(torch.equal(a, b.input_ids) for a, b in zip(seen, expected, strict=True))
