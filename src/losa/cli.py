@@ -128,7 +128,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
         from losa.inspection import plan
 
-        check(args.model, settings, args.output, args.resume or args.overwrite)
+        check(args.model, settings, args.output, args.overwrite, args.resume)
         planned = plan(args.model, settings)
         if not args.json:
             _print_plan(planned, settings)

@@ -9,7 +9,7 @@ import torch
 from losa import calibration, masks, model, registry
 from losa.errors import LosaError
 from losa.export import load_masks
-from losa.recipe import TARGETS, Recipe
+from losa.recipe import Recipe
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -91,7 +91,8 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     parameters = sum(p.numel() for p in skeleton.parameters())
     weights = sum(block.weights for block in blocks)
     linears = [(name, linear) for block in blocks for name, linear in block.linears.items()]
-    adapted = _adapted(linears, recipe) if recovery.trains else []
+    wanted = model.targeted([name for name, _ in linears], recipe) if recovery.trains else set()
+    adapted = [linear for name, linear in linears if name in wanted]
     widths = sum(linear.in_features + linear.out_features for linear in adapted)
     hidden = skeleton.get_input_embeddings().embedding_dim
     tokens = recipe.calibration_samples * recipe.sequence_length
@@ -130,12 +131,6 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         # each state is replaced by a whole new one beside it
         "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * recipe.max_rank * widths,
     }
-
-
-def _adapted(linears: list[tuple[str, Any]], recipe: Recipe) -> list[Any]:
-    import re
-
-    return [linear for name, linear in linears if re.search(TARGETS.get(recipe.targets, recipe.targets), name)]
 
 
 def _statistics(block: model.Block, recipe: Recipe) -> int:

@@ -67,17 +67,12 @@ class Subject:
     def wrap(self, make: Callable[[nn.Linear, int, float], "MaskedLinear"], recipe: Recipe, max_rank: int) -> None:
         """Put a masked linear in the place of every prunable one; those the recipe targets can hold ranks up to `max_rank`."""
         self.model.requires_grad_(False)
-        wanted = re.compile(TARGETS.get(recipe.targets, recipe.targets))
-        targeted = 0
+        names = [name for block in self.blocks for name in block.linears]
+        wanted = targeted(names, recipe) if max_rank else set()
         for block in self.blocks:
             for name, linear in block.linears.items():
-                rank = max_rank if wanted.search(name) else 0
-                targeted += rank > 0
-                block.linears[name] = make(linear, rank, recipe.scaling)
+                block.linears[name] = make(linear, max_rank if name in wanted else 0, recipe.scaling)
                 self.model.set_submodule(name, block.linears[name])
-        if max_rank and not targeted:
-            example = next(name for block in self.blocks for name in block.linears)
-            raise LosaError(f"targets {recipe.targets!r} match none of the linears, such as {example}")
 
     def merge(self) -> dict[str, torch.Tensor]:
         """Put plain linears back, the adaptation merged and rounded to what is stored, every pruned weight zero.
@@ -93,6 +88,14 @@ class Subject:
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(self.stored).to(parameter.dtype)
         return bits
+
+
+def targeted(names: list[str], recipe: Recipe) -> set[str]:
+    """Those of the linears that get adapters. Raises LosaError if there are none."""
+    wanted = {name for name in names if re.search(TARGETS.get(recipe.targets, recipe.targets), name)}
+    if not wanted:
+        raise LosaError(f"targets {recipe.targets!r} match none of the linears, such as {names[0]}")
+    return wanted
 
 
 def find_blocks(model: nn.Module, ignore: list[str] | None = None) -> list[Block]:
@@ -251,10 +254,10 @@ def _loading(source: str) -> Iterator[None]:
 
 
 def skeleton(config: Any) -> Any:
-    """The model without weights, to look at its structure."""
+    """The model without weights, to look at its structure. Raises LosaError if it is no causal language model."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with _loading(config.name_or_path or config.model_type), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 

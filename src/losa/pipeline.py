@@ -15,7 +15,7 @@ from losa.errors import LosaError
 from losa.model import Block, Subject
 from losa.progress import Progress
 from losa.pruners.base import Pruner
-from losa.recipe import Recipe
+from losa.recipe import Recipe, from_settings
 from losa.run import Run, check_output
 
 
@@ -59,7 +59,7 @@ class State:
 
 def compress(
     source: Any,
-    recipe: Recipe,
+    recipe: Recipe | dict[str, Any],
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
@@ -70,21 +70,31 @@ def compress(
     """Prune `source`, win its quality back, merge, save.
 
     source: a local folder, a name on the hub, `demo`, or a loaded causal language model, which is changed in place and
-    needs its `tokenizer`. output: a new folder that becomes an ordinary Hugging Face model with losa.json and
-    masks.safetensors beside it, and holds the run in run/; None saves nothing. resume: go on with the run in `output`.
+    needs its `tokenizer`. recipe: a Recipe, or a dict of settings that differ from its defaults. output: a new folder
+    that becomes an ordinary Hugging Face model with losa.json and masks.safetensors beside it, and holds the run in
+    run/; None saves nothing. resume: go on with the run in `output`.
     Raises LosaError for bad input, before the model loads where it can be known by then.
     """
     output = Path(output) if output is not None else None
     name = source if isinstance(source, str) else type(source).__name__
-    config = check(source, recipe, output, resume or overwrite)
-    tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer(source, config)
-    run = Run.open(output, recipe, name, progress or Progress(quiet=True), resume=resume, overwrite=overwrite)
+    recipe = recipe if isinstance(recipe, Recipe) else from_settings(recipe)
+    config = check(source, recipe, output, overwrite, resume)
+    if tokenizer is None:
+        if not isinstance(source, str):
+            raise LosaError(f"a loaded model ({name}) needs its tokenizer: pass tokenizer=")
+        tokenizer = model.load_tokenizer(source, config)
+    run = Run(output, progress or Progress(quiet=True))
     try:
-        if run.finished:
-            return finished(run.output, recipe, tokenizer)
+        if resume:
+            run.resume(recipe, name)
+            if run.finished:
+                return finished(run.output, recipe, tokenizer)
         inputs = read(recipe, tokenizer)
         loaded = model.load(source, recipe) if isinstance(source, str) else source
-        return _compress(model.subject_of(loaded, tokenizer, name, recipe, config.dtype), recipe, inputs, run)
+        subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
+        if not resume:  # only now: what fails before leaves no trace, and nothing replaced
+            run.start(recipe, name, overwrite)
+        return _compress(subject, recipe, inputs, run)
     finally:
         run.close()
 
@@ -287,7 +297,7 @@ def finished(output: Path | None, recipe: Recipe, tokenizer: Any) -> Result:
 # ------------------------------------------------------------------------------------------------- before it begins
 
 
-def check(source: Any, recipe: Recipe, output: Path | None, may_exist: bool) -> Any:
+def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = False, resume: bool = False) -> Any:
     """Everything that can be known to be wrong before anything large is read; returns the model's configuration."""
     recovery = registry.get("recovery", recipe.recovery)
     if not recovery.merges and recipe.steps > 1:
@@ -300,9 +310,12 @@ def check(source: Any, recipe: Recipe, output: Path | None, may_exist: bool) -> 
     if recipe.eval_data:
         data.check_source(recipe.eval_data, "evaluate")
     model.choose_device(recipe.device)
-    if output and not may_exist:
-        check_output(output)
+    if output and not resume:
+        check_output(output, overwrite)
     config = model.load_config(source) if isinstance(source, str) else source.config
+    blocks = model.find_blocks(model.skeleton(config) if isinstance(source, str) else source, recipe.ignore)
+    if recovery.trains:
+        model.targeted([name for block in blocks for name in block.linears], recipe)
     limit = model.longest_text(config)
     for name in ("sequence_length", "train_length"):
         if getattr(recipe, name) > limit:

@@ -101,7 +101,8 @@ class Recipe:
         positive = "steps calibration_samples sequence_length rmi_samples train_samples train_length batch_size"
         for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip"]:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("mean_rank", "rank_growth", "error_tokens", "weight_decay", "eval_tokens", "checkpoint_minutes"):
+        _require(self.mean_rank >= 1, "mean_rank", self.mean_rank, "at least 1: every adapted linear has a rank")
+        for name in ("rank_growth", "error_tokens", "weight_decay", "eval_tokens", "checkpoint_minutes"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("warmup", "last_step_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")

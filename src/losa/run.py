@@ -43,43 +43,39 @@ class Run:
 
     def __init__(self, output: Path | None, progress: Progress) -> None:
         self.output, self.progress = output, progress
-        self._folder = output / "run" if output else None
         self._saved_at = time.monotonic()
         self._lock: int | None = None
         self.umask = os.umask(0)
         os.umask(self.umask)
 
-    @classmethod
-    def open(
-        cls,
-        output: Path | None,
-        recipe: Recipe,
-        source: str,
-        progress: Progress,
-        *,
-        resume: bool = False,
-        overwrite: bool = False,
-    ) -> "Run":
-        """Start a run in `output`, or go on with the one it holds. Raises LosaError if it may not, or cannot be written."""
-        run = cls(output, progress)
-        if output is None or run._folder is None:
-            return run
-        asked = {"format": FORMAT, "source": source, "recipe": recipe.to_json(), "versions": versions()}
-        with writing(output):
-            if resume:
-                run._check_same(asked)
-            else:
-                check_output(output, overwrite)
-                if overwrite:
-                    _remove(output)
-            run._folder.mkdir(parents=True, exist_ok=True)
-            run._take_lock()
-            for left in [*run._folder.glob("*.new"), *run._folder.glob("export")]:
+    def start(self, recipe: Recipe, source: str, overwrite: bool = False) -> None:
+        """Begin in `output`. Raises LosaError if something is there that may not be replaced, or it cannot be written."""
+        if self.output is None:
+            return
+        asked = _asked(recipe, source)
+        with writing(self.output):
+            check_output(self.output, overwrite)
+            self._take_lock()
+            _remove(self.output)
+            write_json(self.folder / "recipe.json", asked)
+        self.log("started", **asked)
+
+    def resume(self, recipe: Recipe, source: str) -> None:
+        """Go on with what `output` holds. Raises LosaError if it holds no run, or one with other settings."""
+        if self.output is None:
+            raise LosaError("nothing to resume: name the output folder of the run")
+        asked = _asked(recipe, source)
+        self._check_same(asked)
+        with writing(self.output):
+            self._take_lock()
+            for left in [*self.folder.glob("*.new"), *self.folder.glob("export")]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            if not resume:
-                write_json(run._folder / "recipe.json", asked)
-        run.log("resumed" if resume else "started", source=source, recipe=asked["recipe"], versions=asked["versions"])
-        return run
+        self.log("resumed", **asked)
+
+    @property
+    def folder(self) -> Path:
+        assert self.output is not None
+        return self.output / "run"
 
     def _check_same(self, asked: dict[str, Any]) -> None:
         assert self.output is not None
@@ -96,12 +92,12 @@ class Run:
 
     def _take_lock(self) -> None:
         """The system frees it however the process ends."""
-        assert self._folder is not None
-        self._lock = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
+            self.close()
             raise LosaError(f"{self.output} is in use by another losa: wait for it, or choose another output") from None
 
     def close(self) -> None:
@@ -117,18 +113,18 @@ class Run:
 
     def save(self, name: str, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
         """Keep `tensors` (contiguous) and `meta` (JSON) as `name`, in place of what was there, in one step."""
-        if self._folder is None:
+        if self.output is None:
             return
         from safetensors.torch import save_file
 
-        path = self._folder / f"{name}.safetensors"
-        with writing(self._folder), replacing(path) as new:
+        path = self.folder / f"{name}.safetensors"
+        with writing(self.folder), replacing(path) as new:
             save_file(tensors, new, {"losa": json.dumps(meta)})
         self._saved_at = time.monotonic()
 
     def load(self, name: str) -> Saved | None:
         """What was kept as `name`, on the CPU, or None."""
-        path = self._folder / f"{name}.safetensors" if self._folder else None
+        path = self.folder / f"{name}.safetensors" if self.output else None
         if path is None or not path.is_file():
             return None
         from safetensors import SafetensorError, safe_open
@@ -142,21 +138,21 @@ class Run:
 
     def drop(self, name: str) -> None:
         """Forget `name`."""
-        if self._folder:
-            (self._folder / f"{name}.safetensors").unlink(missing_ok=True)
+        if self.output:
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
     def checkpoint_due(self, minutes: float) -> bool:
         """Whether so much time has passed since something was saved."""
-        return self._folder is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return self.output is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     # ------------------------------------------------------------------------------------------------------ telling
 
     def log(self, event: str, **fields: Any) -> None:
         """Add a line to log.jsonl."""
-        if self._folder is None:
+        if self.output is None:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
-        with writing(self._folder), (self._folder / "log.jsonl").open("a") as file:
+        with writing(self.folder), (self.folder / "log.jsonl").open("a") as file:
             file.write(line + "\n")
 
     def track(self, items: Sequence[T], what: str, done: int = 0) -> Iterator[T]:
@@ -204,10 +200,16 @@ def read_recipe(output: Path) -> dict[str, Any]:
         raise LosaError(f"{path} is damaged: start a new run") from None
 
 
+def _asked(recipe: Recipe, source: str) -> dict[str, Any]:
+    return {"format": FORMAT, "source": source, "recipe": recipe.to_json(), "versions": versions()}
+
+
 def _remove(output: Path) -> None:
-    """Empty a run's folder; losa.json goes first, so that no half of it looks finished."""
+    """Empty a run's folder but for its lock; losa.json goes first, so that no half of it looks finished."""
     (output / "losa.json").unlink(missing_ok=True)
-    for path in output.iterdir() if output.is_dir() else ():
+    for path in [*output.iterdir(), *(output / "run").iterdir()]:
+        if path.name in ("run", "lock"):
+            continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -21,7 +21,7 @@ def demo(output: Path, sparsity: float | None, overwrite: bool, progress: Progre
     chosen = {} if sparsity is None else {"sparsity": sparsity}
     settings = recipe.load("demo", chosen)
     for folder in (output / "pruned", output / "losa"):
-        check("demo", settings, folder, overwrite)
+        check("demo", settings, folder, overwrite=overwrite)
     if output.exists() and not (output / "losa").exists():
         check_output(output)
     progress.say("pruned only, in one step")
