@@ -4,7 +4,7 @@
     python benchmarks/methods.py --results methods.jsonl --table
 
 All methods get the same 1500 x 256 tokens. The learning rate of each method is chosen on demo:validation at 60% with
-seed 0; the held-out test is then read once a seed. Every result is a line of JSON; what the file holds is not run again.
+Wanda and seed 0; the held-out test is then read once a seed. Every result is a line of JSON; what the file holds is not run again.
 Perplexities do not depend on the number of threads beyond rounding.
 """
 
@@ -67,8 +67,8 @@ def compare(path: Path, pruner: str, sparsity: float, method: str, seeds: range)
     if base.get("recovery") != "none":
         tuned = {}
         for candidate in RATES:
-            settings = base | {"sparsity": 0.6, "learning_rate": candidate, "eval_data": "demo:validation"}
-            key = {"phase": "tune", "pruner": pruner, "method": method, "rate": candidate}
+            settings = METHODS[method] | {"sparsity": 0.6, "learning_rate": candidate, "eval_data": "demo:validation"}
+            key = {"phase": "tune", "pruner": "wanda", "method": method, "rate": candidate}
             tuned[candidate] = once(path, key, settings)["perplexity"]
         rate = min(tuned, key=lambda r: tuned[r])
     for seed in seeds:

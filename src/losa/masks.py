@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,6 +10,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losa.errors import LosaError
+
+
+@dataclass(frozen=True)
+class NM:
+    """`n` KEPT of every `m` adjacent weights of a row, whatever other libraries call it."""
+
+    n: int
+    m: int
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+# How much of a matrix is pruned: a share in [0, 1] of each counting unit, or a pattern.
+Amount = float | NM
 
 
 def count_pruned(sparsity: float, n: int) -> int:
@@ -19,13 +39,14 @@ def count_pruned(sparsity: float, n: int) -> int:
     return min(n, math.floor(sparsity * n + 1e-9))
 
 
-def choose(scores: Tensor, within: Tensor | None, sparsity: float, unit: Literal["row", "matrix"]) -> Tensor:
+def choose(scores: Tensor, within: Tensor | None, amount: Amount, unit: Literal["row", "matrix"]) -> Tensor:
     """The keep-mask that prunes the lowest scores: bool [out, in], contiguous.
 
-    scores [out, in], any float; within bool [out, in], the mask so far, or None. In each unit (a row, or the whole
-    matrix) exactly count_pruned are pruned; those pruned before count first and never come back, so where they are
-    already more than that, nothing changes. Equal scores go in the order of their index. Scores outside `within` are
-    not read. Raises LosaError for a NaN elsewhere.
+    scores [out, in], any float; within bool [out, in], the mask so far, or None. amount: a share, of which each unit (a
+    row, or the whole matrix) loses exactly count_pruned; or an NM, where the unit is every m columns of a row. Those
+    pruned before count first and never come back, so where they are already more than that, nothing changes. Equal
+    scores go in the order of their index. Scores outside `within` are not read. Raises LosaError for a NaN elsewhere,
+    and where m does not divide the columns.
     """
     if unit not in ("row", "matrix"):
         raise LosaError(f"counting unit must be row or matrix, not {unit!r}")
@@ -37,18 +58,34 @@ def choose(scores: Tensor, within: Tensor | None, sparsity: float, unit: Literal
         scores = torch.where(within, alive, -math.inf)
     if bool(scores.isnan().any()):
         raise LosaError("pruning scores are not a number: the weights or the calibration inputs hold NaN or infinity")
-    rows = scores.reshape(1, -1) if unit == "matrix" else scores.contiguous()
-    count = count_pruned(sparsity, rows.shape[1])
+    if isinstance(amount, NM):
+        keep = _keep_n_of_m(scores, amount)
+    else:
+        rows = scores.reshape(1, -1) if unit == "matrix" else scores.contiguous()
+        keep = _keep_all_but(rows, count_pruned(amount, rows.shape[1])).view(scores.shape)
+    return keep if within is None else keep.logical_and_(within)
+
+
+def _keep_all_but(rows: Tensor, count: int) -> Tensor:
+    """The `count` lowest of each row go, bool like `rows`."""
     if count == 0:
-        return torch.ones_like(scores, dtype=torch.bool) if within is None else within.clone()
+        return torch.ones_like(rows, dtype=torch.bool)
     threshold = _smallest(rows, count)
     keep = rows > threshold
     tied = rows == threshold
     short = count - (rows < threshold).sum(dim=1, keepdim=True)  # how many of the tied must go
     if bool((tied.sum(dim=1, keepdim=True) > short).any()):
         keep |= tied & (tied.cumsum(dim=1, dtype=torch.int32) > short)
-    keep = keep.view(scores.shape)
-    return keep if within is None else keep.logical_and_(within)
+    return keep
+
+
+def _keep_n_of_m(scores: Tensor, pattern: NM) -> Tensor:
+    """The m - n lowest of every m columns of a row go."""
+    if scores.shape[1] % pattern.m:
+        raise LosaError(f"{pattern} needs an input width that {pattern.m} divides, not {scores.shape[1]}")
+    order = scores.reshape(-1, pattern.m).sort(dim=1, stable=True).indices
+    keep = torch.ones(order.shape, dtype=torch.bool, device=scores.device)
+    return keep.scatter_(1, order[:, : pattern.m - pattern.n], False).view(scores.shape)
 
 
 def _smallest(rows: Tensor, k: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Weight, statistic of its inputs and sparsity -> weight and keep-mask."""
+"""Weight, statistic of its inputs and how much goes -> weight and keep-mask."""

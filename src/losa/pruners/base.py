@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from losa.errors import LosaError
+from losa.masks import Amount
 
 
 class Statistic(Protocol):
@@ -50,9 +51,9 @@ class InputSum:
 
 
 class Pruner(ABC):
-    """Weight + statistic + sparsity -> weight and mask. Subclasses are dataclasses whose fields are their options.
+    """Weight + statistic + amount -> weight and mask. Subclasses are dataclasses whose fields are their options.
 
-    `unit` is where `masks.count_pruned` weights are pruned, exactly: "row", "matrix", or "N columns" (all rows of N
+    amount is a share of the weights, or N:M kept. Of a share, `unit` is where `masks.count_pruned` weights are pruned, exactly: "row", "matrix", or "N columns" (all rows of N
     adjacent columns; the last such block may be narrower).
     """
 
@@ -68,10 +69,11 @@ class Pruner(ABC):
 
     @abstractmethod
     def prune(
-        self, weight: Tensor, within: Tensor | None, sparsity: float, statistic: Statistic | None
+        self, weight: Tensor, within: Tensor | None, amount: Amount, statistic: Statistic | None
     ) -> tuple[Tensor, Tensor]:
         """(weight, mask) as new tensors: fp32 [out, in], zero where pruned, and the keep-mask, bool [out, in].
 
         weight fp32 [out, in], zero outside `within`, is left as it is; within is the mask so far (None: nothing is
-        pruned) and contains the new one. Raises LosaError for a weight or input that is not a number.
+        pruned) and contains the new one. Raises LosaError for a weight or input that is not a number, and for N:M where
+        M does not divide in.
         """

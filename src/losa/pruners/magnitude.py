@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from losa import masks, registry
+from losa.masks import Amount
 from losa.pruners.base import Pruner, Statistic
 
 
@@ -23,7 +24,7 @@ class Magnitude(Pruner):
             raise registry.unknown("unit", self.unit, ("matrix", "row"))
 
     def prune(
-        self, weight: Tensor, within: Tensor | None, sparsity: float, statistic: Statistic | None
+        self, weight: Tensor, within: Tensor | None, amount: Amount, statistic: Statistic | None
     ) -> tuple[Tensor, Tensor]:
-        mask = masks.choose(weight.abs(), within, sparsity, self.unit)
+        mask = masks.choose(weight.abs(), within, amount, self.unit)
         return weight.masked_fill(~mask, 0), mask

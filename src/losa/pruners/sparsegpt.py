@@ -7,8 +7,11 @@ from torch import Tensor
 
 from losa import masks
 from losa.errors import LosaError
+from losa.masks import NM, Amount
 from losa.pruners.base import InputSum, Pruner, Statistic
 
+# Columns that are pruned one after the other before their errors reach the rest of the block in one product.
+STRIDE = 16
 # Damping grows tenfold at each failed factorisation: from 0.01 to 100 times the mean diagonal, where nothing but a
 # broken Hessian fails.
 ATTEMPTS = 5
@@ -52,7 +55,7 @@ class SparseGPT(Pruner):
         return Gram(in_features, device)
 
     def prune(
-        self, weight: Tensor, within: Tensor | None, sparsity: float, statistic: Statistic | None
+        self, weight: Tensor, within: Tensor | None, amount: Amount, statistic: Statistic | None
     ) -> tuple[Tensor, Tensor]:
         """A weight pruned before is pruned again when its column comes, with what compensation had made of it.
 
@@ -61,6 +64,8 @@ class SparseGPT(Pruner):
         at zero and drop that value would leave the rest optimal for a weight that is not there.
         """
         gram = Gram.require(statistic, weight.shape[1])
+        if isinstance(amount, NM) and self.block % amount.m:
+            raise LosaError(f"SparseGPT's block of {self.block} columns must be a multiple of {amount.m} for {amount}")
         if not bool(weight.isfinite().all()):
             raise LosaError("SparseGPT was given weights that hold NaN or infinity")
         upper, dead = self._factor(gram)
@@ -68,13 +73,18 @@ class SparseGPT(Pruner):
         columns = weight.float().t().clone(memory_format=torch.contiguous_format)
         columns[dead] = 0
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        for start in range(0, weight.shape[1], self.block):
-            span = slice(start, min(start + self.block, weight.shape[1]))
-            here, factor = columns[span], upper[span, span]
-            scores = (here / factor.diagonal().unsqueeze(1)).square()
-            mask[:, span] = masks.choose(scores.t(), None if within is None else within[:, span], sparsity, "matrix")
-            errors = _prune_block(here, ~mask[:, span].t(), factor)
-            columns[span.stop :].addmm_(upper[span, span.stop :].t(), errors, alpha=-1)
+        errors = torch.empty_like(columns[: self.block])
+        for span in _spans(0, weight.shape[1], self.block):
+            for part in [span] if not isinstance(amount, NM) else _spans(span.start, span.stop, amount.m):
+                scores = (columns[part] / upper.diagonal()[part].unsqueeze(1)).square()
+                mask[:, part] = masks.choose(scores.t(), None if within is None else within[:, part], amount, "matrix")
+                for step in _spans(part.start, part.stop, STRIDE):
+                    here = slice(step.start - span.start, step.stop - span.start)
+                    _prune_columns(columns[step], ~mask[:, step].t(), upper[step, step], errors[here])
+                    rest = slice(step.stop, span.stop)
+                    columns[rest].addmm_(upper[step, rest].t(), errors[here], alpha=-1)
+            behind = slice(span.stop, None)
+            columns[behind].addmm_(upper[span, behind].t(), errors[: span.stop - span.start], alpha=-1)
         pruned = columns.t().contiguous()
         if not bool(pruned.isfinite().all()):
             raise LosaError("SparseGPT made weights that are not finite: the weights or the inputs are too large")
@@ -107,16 +117,18 @@ class SparseGPT(Pruner):
         )
 
 
-def _prune_block(columns: Tensor, gone: Tensor, factor: Tensor) -> Tensor:
-    """Zero `gone` in `columns` (both [n, out]) in place, compensating in the columns behind; returns errors [n, out].
+def _spans(start: int, stop: int, width: int) -> list[slice]:
+    return [slice(at, min(at + width, stop)) for at in range(start, stop, width)]
 
-    factor [n, n] is the block of U. The error of a column is the part of it that goes, over its d.
+
+def _prune_columns(columns: Tensor, gone: Tensor, factor: Tensor, errors: Tensor) -> None:
+    """Zero `gone` in `columns` (both [n, out]) in place, compensating in the columns behind; fills errors [n, out].
+
+    factor [n, n] is U's part. The error of a column is the part of it that goes, over its d.
     """
-    errors = torch.empty_like(columns)
     gone = gone.contiguous()
     scale = (1 / factor.diagonal()).tolist()
     for j, column in enumerate(columns):
         torch.mul(column, gone[j], out=errors[j]).mul_(scale[j])
         column.masked_fill_(gone[j], 0)
         columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
-    return errors

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from losa import masks
+from losa.masks import Amount
 from losa.pruners.base import InputSum, Pruner, Statistic
 
 
@@ -35,9 +36,9 @@ class Wanda(Pruner):
         return SquaredInputs(in_features, device)
 
     def prune(
-        self, weight: Tensor, within: Tensor | None, sparsity: float, statistic: Statistic | None
+        self, weight: Tensor, within: Tensor | None, amount: Amount, statistic: Statistic | None
     ) -> tuple[Tensor, Tensor]:
         seen = SquaredInputs.require(statistic, weight.shape[1])
         norm = (seen.total / seen.sequences).sqrt().to(weight)
-        mask = masks.choose(weight.abs() * norm, within, sparsity, "row")
+        mask = masks.choose(weight.abs() * norm, within, amount, "row")
         return weight.masked_fill(~mask, 0), mask
