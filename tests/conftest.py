@@ -95,7 +95,7 @@ def settings(text: Path) -> dict[str, Any]:
         calibration=str(text),
         calibration_samples=12,
         sequence_length=24,
-        rmi_samples=8,
+        allocation_samples=8,
         error_tokens=100,
         train_data=str(text),
         train_samples=16,

@@ -24,9 +24,24 @@ def centred_grams(raw: list[Tensor]) -> list[Tensor]:
     return [(x - x.mean(dim=0)) @ (x - x.mean(dim=0)).T for x in raw]
 
 
-def evidence(target: float, floors: list[float], counts: list[int] | None = None, seed: int = 0) -> Evidence:
+def evidence(
+    target: float, floors: list[float], counts: list[int] | None = None, seed: int = 0, name: str = "rmi"
+) -> Evidence:
     counts = counts or [10] * len(floors)
-    return Evidence(target, counts, floors, centred_grams(features(len(floors), seed=seed)))
+    return Evidence(target, counts, floors, seen(make(name), target, floors, seed))
+
+
+def seen(allocator: Allocator, target: float, floors: list[float], seed: int) -> list[Tensor] | None:
+    """What the allocator needs of units that differ."""
+    if allocator.needs == "grams":
+        return centred_grams(features(len(floors), seed=seed))
+    generator = torch.Generator().manual_seed(seed)
+    if allocator.needs == "scores":
+        return [allocator.digest(torch.rand(500, generator=generator) ** 20) for _ in floors]
+    if allocator.needs == "errors":
+        tried = [allocator.probes(target, floor, None) for floor in floors]
+        return [torch.tensor([r, torch.rand(len(r), generator=generator).tolist()]).double() for r in tried]
+    return None
 
 
 def mean(rates: list[float], counts: list[int]) -> float:
@@ -56,7 +71,7 @@ def test_contract(name: str, target: float, shares: list[tuple[int, float]], see
     above = mean(floors, counts)
     if above > target:  # floors that leave a solution, some of them far above the target
         floors = [f * target / above for f in floors]
-    rates = make(name).rates(evidence(target, floors, counts, seed))
+    rates = make(name).rates(evidence(target, floors, counts, seed, name))
     assert mean(rates, counts) == pytest.approx(target, abs=1e-12)
     assert all(floor <= rate < 1 for rate, floor in zip(rates, floors, strict=True))
 
@@ -64,17 +79,17 @@ def test_contract(name: str, target: float, shares: list[tuple[int, float]], see
 @every_allocator
 @pytest.mark.parametrize("target", [0.0, 0.3, 0.99, 0.9999])
 def test_one_block_gets_the_target(name: str, target: float) -> None:
-    assert make(name).rates(evidence(target, [0.0])) == pytest.approx([target], abs=1e-15)
+    assert make(name).rates(evidence(target, [0.0], name=name)) == pytest.approx([target], abs=1e-15)
 
 
 @every_allocator
 def test_nothing_is_pruned_at_target_0(name: str) -> None:
-    assert make(name).rates(evidence(0.0, [0.0] * 4)) == [0.0] * 4
+    assert make(name).rates(evidence(0.0, [0.0] * 4, name=name)) == [0.0] * 4
 
 
 @every_allocator
 def test_floors_that_leave_no_solution_are_returned(name: str) -> None:
-    assert make(name).rates(evidence(0.3, [0.5, 0.2, 0.4])) == [0.5, 0.2, 0.4]
+    assert make(name).rates(evidence(0.3, [0.5, 0.2, 0.4], name=name)) == [0.5, 0.2, 0.4]
 
 
 @every_allocator
@@ -84,7 +99,7 @@ def test_every_step_of_a_schedule_reaches_its_mean(name: str, steps: int) -> Non
     counts = [7, 100, 3, 50, 20]
     for step in range(1, steps + 1):
         target = 0.7 * (1 - (1 - step / steps) ** 3)
-        rates = make(name).rates(evidence(target, floors, counts, seed=step))
+        rates = make(name).rates(evidence(target, floors, counts, step, name))
         assert mean(rates, counts) == pytest.approx(target, abs=1e-12)
         assert all(rate >= floor for rate, floor in zip(rates, floors, strict=True))
         floors = rates
@@ -225,3 +240,74 @@ def test_broken_grams_are_refused(bad: float) -> None:
 def test_bad_options_are_refused_by_name(option: str, value: float) -> None:
     with pytest.raises(LosaError, match=option):
         RMI(**{option: value})
+
+
+# ------------------------------------------------------------------------------------------------- outliers
+
+
+def owl_by_hand(shares: list[float], target: float, half: float) -> list[float]:
+    ratios = 100 * np.array(shares)
+    spread = (ratios - ratios.min()) * (1 / (ratios.max() - ratios.min()) * half * 2)
+    rates: list[float] = (target - (spread - spread.mean())).tolist()
+    return rates
+
+
+def test_owl_is_the_published_rule() -> None:
+    shares = [0.01, 0.02, 0.05, 0.005]
+    given_shares = [torch.tensor(share, dtype=torch.float64) for share in shares]
+    rates = registry.get("allocator", "owl")().rates(Evidence(0.6, [5] * 4, [0.0] * 4, given_shares))
+    assert rates == pytest.approx(owl_by_hand(shares, 0.6, 0.08), abs=1e-12)
+    wider = registry.get("allocator", "owl")().rates(Evidence(0.6, [5] * 4, [0.0] * 4, given_shares, spread=0.25))
+    assert wider == pytest.approx(owl_by_hand(shares, 0.6, 0.25), abs=1e-12)
+
+
+def test_owl_counts_scores_above_a_multiple_of_their_mean() -> None:
+    scores = torch.tensor([1.0] * 97 + [1000.0, 200.0, 5.0])
+    assert float(make("owl").digest(scores)) == pytest.approx(0.02)
+    assert float(registry.get("allocator", "owl")(outlier=20.0).digest(scores)) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    "name, options", [("owl", {"outlier": 0.0}), ("owl", {"half_range": 0.6}), ("error", {"points": 1})]
+)
+def test_allocators_refuse_what_cannot_be(name: str, options: dict[str, float]) -> None:
+    with pytest.raises(LosaError, match=next(iter(options))):
+        registry.get("allocator", name)(**options)
+
+
+# ------------------------------------------------------------------------------------------------- measured errors
+
+
+@given(seed=st.integers(0, 10**6), units=st.integers(1, 6), points=st.integers(2, 5), target=st.floats(0.1, 0.9))
+@settings(deadline=None)
+def test_measured_errors_are_minimised(seed: int, units: int, points: int, target: float) -> None:
+    """For convex curves the piecewise linear optimum is that of a linear programme over the pieces."""
+    random = np.random.default_rng(seed)
+    allocator = registry.get("allocator", "error")(points=points)
+    counts = random.integers(1, 50, units).tolist()
+    tables, costs, widths = [], [], []
+    for _ in range(units):
+        rates = allocator.probes(target, 0.0, None)
+        slopes = np.sort(random.random(points - 1))
+        errors = np.concatenate([[0.1], 0.1 + np.cumsum(slopes * np.diff(rates))])
+        tables.append(torch.tensor(np.stack([rates, errors])))
+        costs.append(slopes)
+        widths.append(np.diff(rates))
+    found = allocator.rates(Evidence(target, counts, [0.0] * units, tables))
+    assert mean(found, counts) == pytest.approx(target, abs=1e-12)
+    low = np.array([float(table[0, 0]) for table in tables])
+    weights = np.repeat(counts, points - 1)
+    solved = linprog(
+        np.concatenate(costs),
+        A_eq=[weights],
+        b_eq=[target * sum(counts) - low @ np.array(counts)],
+        bounds=list(zip(np.zeros(len(weights)), np.concatenate(widths), strict=True)),
+    )
+    paid = sum(float(np.interp(rate, table[0], table[1])) - 0.1 for rate, table in zip(found, tables, strict=True))
+    assert paid == pytest.approx(solved.fun, abs=1e-7)
+
+
+def test_a_dent_in_the_errors_is_bridged() -> None:
+    """Where more pruning costs less than some, the way there is priced as a whole."""
+    tables = [torch.tensor([[0.4, 0.5, 0.6], [0.0, 1.0, 0.2]]), torch.tensor([[0.4, 0.5, 0.6], [0.0, 0.5, 1.0]])]
+    assert make("error").rates(Evidence(0.5, [1, 1], [0.0, 0.0], tables)) == pytest.approx([0.6, 0.4])

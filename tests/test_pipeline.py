@@ -283,3 +283,135 @@ def test_training_rows_are_read_once_each(small: Recipe) -> None:
         losa.compress(tiny(), small, tokenizer=tokenizer())
     expected = training_examples(small.train_data, tokenizer(), 16, 24, small.seed)
     assert len(seen) == 16 and all(torch.equal(a, b.input_ids) for a, b in zip(seen, expected, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- units and orders
+
+
+@pytest.mark.parametrize("allocator", ["owl", "error", "uniform"])
+def test_every_linear_can_have_a_rate_of_its_own(allocator: str, small: Recipe) -> None:
+    recipe = changed(small, allocator=allocator, rates_per="linear", pruner="magnitude")
+    result = losa.compress(tiny(), recipe, tokenizer=tokenizer())
+    rates = result.history[-1]["rates"]
+    assert len(rates) == 3 * 7 and (len(set(rates.values())) > 1) == (allocator != "uniform")
+    for block in find_blocks(result.model):
+        for name, linear in block.linears.items():
+            pruned = int((linear.weight == 0).sum())
+            assert pruned == int(rates[name] * linear.weight.numel() + 1e-9)
+    assert result.measurements["sparse"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_rmi_knows_blocks_only(small: Recipe) -> None:
+    with pytest.raises(LosaError, match="allocator 'rmi' knows blocks only"):
+        changed(small, rates_per="linear")
+
+
+def test_outliers_and_errors_are_those_of_the_model(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the allocators see against what a plain dense model says."""
+    from losa.allocators import error, owl
+
+    seen: dict[str, Any] = {}
+    for kind in (owl.OWL, error.MeasuredError):
+
+        def spy(self: Any, evidence: Any, rates: Any = kind.rates) -> Any:
+            seen[self.needs] = evidence
+            return rates(self, evidence)
+
+        monkeypatch.setattr(kind, "rates", spy)
+    plain = changed(small, steps=1, recovery="none", eval_data="", error_tokens=0)
+    for allocator in ("owl", "error"):
+        losa.compress(tiny(), changed(plain, allocator=allocator), tokenizer=tokenizer())
+    tokens = calibration_tokens(small.calibration, tokenizer(), 12, 24, small.seed)[:8]
+    model = tiny()
+    captured: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda m, x, n=name: captured.__setitem__(n, x[0].flatten(0, 1)))
+    with torch.no_grad():
+        states = model(tokens, output_hidden_states=True).hidden_states
+    for block, share, table in zip(find_blocks(model), seen["scores"].seen, seen["errors"].seen, strict=True):
+        scores = torch.cat(
+            [(m.weight.abs() * (captured[n].square().sum(0) / 8).sqrt()).flatten() for n, m in block.linears.items()]
+        )
+        assert float(share) == pytest.approx(float((scores > 5 * scores.mean()).double().mean()), abs=1e-4)
+        rate = float(table[0, -1])
+        assert rate == pytest.approx(0.55)
+        one_block_pruned = tiny()
+        pruned = find_blocks(one_block_pruned)[block.index]
+        for name, linear in pruned.linears.items():
+            score = linear.weight.abs() * (captured[name].square().sum(0) / 8).sqrt()
+            gone = score.argsort(dim=1, stable=True)[:, : int(rate * score.shape[1] + 1e-9)]
+            linear.weight.data.scatter_(1, gone, 0)
+        if block.index < 2:  # behind the last one stands the model's norm
+            with torch.no_grad():
+                after = one_block_pruned(tokens, output_hidden_states=True).hidden_states[block.index + 1]
+            whole = states[block.index + 1]
+            norm = whole.flatten(0, 1).square().sum(0)
+            error_there = ((after - whole).flatten(0, 1).square().sum(0) / norm).mean()
+            assert float(table[1, -1]) == pytest.approx(float(error_there), rel=1e-3)
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_true_sequential_sees_what_is_pruned_before(pruner: str, small: Recipe) -> None:
+    """Against an oracle that prunes q,k,v; then o; then gate, up; then down, each from a fresh forward pass."""
+    from losa import registry
+    from losa.masks import count_pruned
+
+    plain = changed(
+        small, steps=1, allocator="uniform", recovery="none", eval_data="", pruner=pruner, true_sequential=True
+    )
+    result = losa.compress(tiny(), plain, tokenizer=tokenizer())
+    tokens = calibration_tokens(small.calibration, tokenizer(), 12, 24, small.seed)
+    oracle = tiny()
+    method = registry.get("pruner", pruner)()
+    for block in find_blocks(oracle):
+        for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+            for name in [n for n in block.linears if n.endswith(group)]:
+                linear, inputs = block.linears[name], []
+                hook = linear.register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x[0]))
+                with torch.no_grad():
+                    oracle(tokens)
+                hook.remove()
+                statistic = method.statistic(linear.in_features, "cpu")
+                statistic.update(inputs[0].flatten(0, 1), len(tokens))
+                linear.new, _ = method.prune(linear.weight.detach(), None, 0.5, statistic)
+            for name in [n for n in block.linears if n.endswith(group)]:
+                block.linears[name].weight.data = block.linears[name].new
+    for block, expected in zip(find_blocks(result.model), find_blocks(oracle), strict=True):
+        for name, linear in block.linears.items():
+            torch.testing.assert_close(linear.weight, expected.linears[name].weight, rtol=1e-3, atol=1e-4)
+            assert int((linear.weight == 0).sum()) >= count_pruned(0.5, linear.weight.numel())
+    at_once = losa.compress(tiny(), changed(plain, true_sequential=False), tokenizer=tokenizer())
+    assert not torch.equal(
+        at_once.model.model.layers[0].mlp.down_proj.weight, oracle.model.layers[0].mlp.down_proj.weight
+    )
+
+
+# ------------------------------------------------------------------------------------------------- how it is called
+
+
+def test_a_recipe_may_be_a_dict(small: Recipe) -> None:
+    assert losa.compress(tiny(), small.to_json() | {"steps": 1}, tokenizer=tokenizer()).recipe == changed(
+        small, steps=1
+    )
+    with pytest.raises(LosaError, match="did you mean 'sparsity'"):
+        losa.compress(tiny(), {"sparsty": 0.5}, tokenizer=tokenizer())
+
+
+def test_a_loaded_model_needs_its_tokenizer(small: Recipe) -> None:
+    with pytest.raises(LosaError, match="needs its tokenizer"):
+        losa.compress(tiny(), small)
+
+
+def test_what_fails_early_leaves_nothing_and_replaces_nothing(llama: Path, tmp_path: Path, small: Recipe) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    bad = changed(small, calibration=str(empty))
+    with pytest.raises(LosaError, match="empty"):
+        losa.compress(str(llama), bad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    losa.compress(str(llama), small, tmp_path / "out")
+    before = files(tmp_path / "out")
+    with pytest.raises(LosaError, match="empty"):
+        losa.compress(str(llama), bad, tmp_path / "out", overwrite=True)
+    assert files(tmp_path / "out") == before

@@ -117,7 +117,7 @@ def test_a_name_near_to_none_gets_them_all() -> None:
         ("calibration_samples", 0),
         ("calibration_samples", 1),
         ("sequence_length", 0),
-        ("rmi_samples", 1),
+        ("allocation_samples", 1),
         ("error_tokens", -1),
         ("train_samples", 4),
         ("train_length", 0),
@@ -152,7 +152,7 @@ def test_bad_values_are_refused_by_name(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if f.type is float])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", None])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", [1.0]])
 def test_what_is_no_finite_number_is_refused(name: str, value: object) -> None:
     with pytest.raises(LosaError, match=rf"^{name}: "):
         from_settings({name: value})
@@ -168,7 +168,7 @@ def test_what_is_no_int_is_refused(name: str, value: object) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"allocator": "uniform", "rmi_samples": 1, "calibration_samples": 1},
+        {"allocator": "uniform", "allocation_samples": 1, "calibration_samples": 1},
         {"recovery": "none", "train_samples": 1},
         {"pruner": "sparsegpt", "pruner_options": {"damp": 1, "block": 64}},
         {"allocator_options": {"delta": None}},
@@ -225,7 +225,7 @@ def test_paper_recipe_has_the_papers_constants() -> None:
     assert (made.schedule, made.pruner, made.allocator, made.rank_by) == ("cubic", "wanda", "rmi", "error")
     assert (made.alpha, made.base_rank, made.scaling) == (16, 8, 2)
     assert (made.calibration, made.calibration_samples, made.sequence_length) == ("c4", 128, 2048)
-    assert made.rmi_samples == 64
+    assert made.allocation_samples == 64
     assert (made.train_data, made.train_length, made.loss_on) == ("alpaca-gpt4", 1024, "all")
     assert [len(made.rows_of(step)) for step in range(1, 6)] == [1000, 1000, 1000, 1000, 6000]
     assert (made.learning_rate, made.warmup, made.weight_decay, made.clip) == (2e-4, 0.3, 0.001, 0.3)

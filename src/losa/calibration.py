@@ -4,7 +4,8 @@ Held at a time: the hidden states that enter one block (each batch is replaced b
 features, and on the compute device one block and one batch.
 """
 
-from collections.abc import Callable, Generator, Iterator
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,7 +98,7 @@ class Stream:
 
             return see
 
-        hooks = [linear.register_forward_pre_hook(hook(name)) for name, linear in block.linears.items()]
+        hooks = [block.linears[name].register_forward_pre_hook(hook(name)) for name in statistics]
         try:
             outputs = self.outputs(block)
             for hidden in self.hiddens:
@@ -110,15 +111,55 @@ class Stream:
         for name, owner in shares.items():
             statistics[name] = statistics[owner]
 
+    def order(self, block: Block) -> list[list[str]]:
+        """The block's linears in the order they run, those together that are given the very same tensor (q, k, v).
+
+        Those that differ in an index only, as experts do, go together too.
+        """
+        calls: list[tuple[str, Tensor]] = []
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, inputs, name=name: calls.append((name, inputs[0])))
+            for name, linear in block.linears.items()
+        ]
+        try:
+            outputs = self.outputs(block)
+            next(outputs)
+            outputs.close()
+        finally:
+            for handle in hooks:
+                handle.remove()
+        groups: list[list[str]] = []
+        last = None
+        for name, x in calls:
+            alike = next((g for g in groups if _unnumbered(g[0], block) == _unnumbered(name, block)), None)
+            if alike is None and x is last:
+                alike = groups[-1]
+            if alike is None:
+                groups.append(alike := [])
+            alike.append(name)
+            last = x
+        for name in block.linears:  # experts that this batch did not reach
+            if not any(name in group for group in groups):
+                alike = next((g for g in groups if _unnumbered(g[0], block) == _unnumbered(name, block)), None)
+                groups.append([name]) if alike is None else alike.append(name)
+        return groups
+
     def sample(self, positions: Tensor | None) -> Tensor:
         """The features at `positions` (int64, counted over all tokens; None: all) in front of the next block, [n, hidden]."""
+        return self._at(positions, self.hiddens)
+
+    def sample_of(self, block: Block, positions: Tensor | None) -> Tensor:
+        """The same of what `block` would make of them; the stream stays in front of it."""
+        return self._at(positions, self.outputs(block))
+
+    def _at(self, positions: Tensor | None, batches: Iterable[Tensor]) -> Tensor:
         if positions is None:
-            return torch.cat([hidden.flatten(0, 1) for hidden in self.hiddens])
+            return torch.cat([hidden.flatten(0, 1) for hidden in batches])
         per_batch = len(self.hiddens[0]) * self.length
         return torch.cat(
             [
                 hidden.flatten(0, 1)[positions[positions // per_batch == i].to(hidden.device) - i * per_batch]
-                for i, hidden in enumerate(self.hiddens)
+                for i, hidden in enumerate(batches)
             ]
         )
 
@@ -132,6 +173,10 @@ class Stream:
             features -= features.mean(dim=0)
             total += (features @ features.T).double().cpu()
         return total
+
+
+def _unnumbered(name: str, block: Block) -> str:
+    return re.sub(r"\.\d+\.", ".#.", name.removeprefix(block.name))
 
 
 @contextmanager

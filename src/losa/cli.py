@@ -90,10 +90,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         kind = get_origin(field.type) or field.type
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         options: dict[str, Any] = {"help": field.metadata["doc"].replace("%", "%%"), "dest": f"set_{name}"}
-        if default not in ("", [], {}):
+        if default not in ("", [], {}, None):
             options["help"] += f" (default: {default})"
         if kind is Literal:
             options["metavar"] = "|".join(get_args(field.type))
+        elif kind is bool:
+            options |= {"action": argparse.BooleanOptionalAction}
         elif kind is list:
             options |= {"action": "append", "metavar": "REGEX"}
         elif kind is dict:

@@ -9,7 +9,7 @@ import torch
 from losa import calibration, masks, model, registry
 from losa.errors import LosaError
 from losa.export import load_masks
-from losa.recipe import Recipe
+from losa.recipe import Recipe, from_settings
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def inspect(folder: Path) -> dict[str, Any]:
             made = json.loads((folder / "losa.json").read_text())
         except ValueError as error:
             raise LosaError(f"{folder / 'losa.json'} is damaged: {error}") from None
-    ignore = made["recipe"]["ignore"] if made else []
-    blocks = model.find_blocks(model.skeleton(model.load_config(str(folder))), ignore)
+    whole = model.skeleton(model.load_config(str(folder)))
+    blocks = model.prunable(whole, from_settings(made["recipe"])) if made else model.find_blocks(whole)
     bits = load_masks(folder) if made else {}
     weights = _Weights(folder)
     ranks = made["history"][-1]["ranks"] if made else []
@@ -84,7 +84,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     """What `compress` would do, and about what it would take, from the model's configuration alone: bytes, at their peak."""
     config = model.load_config(source)
     skeleton = model.skeleton(config)
-    blocks = model.find_blocks(skeleton, recipe.ignore)
+    blocks = model.prunable(skeleton, recipe)
     device = model.choose_device(recipe.device)
     dtype = model.choose_dtype(recipe.dtype, device)
     recovery = registry.get("recovery", recipe.recovery)

@@ -123,6 +123,24 @@ def find_blocks(model: nn.Module, ignore: list[str] | None = None) -> list[Block
     return blocks
 
 
+def prunable(model: nn.Module, recipe: Recipe) -> list[Block]:
+    """The blocks of `model` with the linears that the recipe prunes. Raises LosaError if its pattern does not fit one."""
+    blocks = find_blocks(model, recipe.ignore)
+    if m := recipe.kept.m:
+        for block in blocks:
+            odd = [name for name, linear in block.linears.items() if linear.in_features % m]
+            if odd and recipe.undivided == "refuse":
+                width = block.linears[odd[0]].in_features
+                raise LosaError(
+                    f"{odd[0]}: pattern {recipe.pattern} needs an input width that {m} divides, not {width}; "
+                    "--undivided dense leaves such linears dense"
+                )
+            block.linears = {name: linear for name, linear in block.linears.items() if name not in odd}
+        if not any(block.linears for block in blocks):
+            raise LosaError(f"no linear of {type(model).__name__} has an input width that {m} divides")
+    return blocks
+
+
 def _linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
 
@@ -267,7 +285,7 @@ def subject_of(model: Any, tokenizer: Any, source: str, recipe: Recipe, stored: 
     model.eval()
     if stored is None or stored.itemsize >= model.dtype.itemsize:
         stored = model.dtype
-    return Subject(model, tokenizer, find_blocks(model, recipe.ignore), source, stored)
+    return Subject(model, tokenizer, prunable(model, recipe), source, stored)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losa import calibration, data, evaluate, export, masks, model, ranks, registry
+from losa import calibration, data, evaluate, evidence, export, masks, model, ranks, registry
 from losa.allocators.base import Evidence
 from losa.errors import LosaError
 from losa.model import Block, Subject
 from losa.progress import Progress
 from losa.pruners.base import Pruner
+from losa.pruning import prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings
 from losa.run import Run, check_output
 
@@ -110,7 +111,7 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         if step > state.done:
             rates = allocate(subject, recipe, step, inputs, dense, state, run)
             errors = prune(subject, recipe, step, rates, inputs, dense, run)
-            chosen = set_ranks(subject, recipe, step, rates, errors) if recovery.trains else []
+            chosen = set_ranks(subject, recipe, step, errors) if recovery.trains else []
             state.history.append({"step": step, "rates": rates, "errors": errors, "ranks": chosen})
             state.done = step
             save(subject, state, run)
@@ -140,14 +141,14 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
     if saved := run.load("dense"):
         return Dense(saved.tensors["features"], saved.tensors["grams"], saved.meta["perplexity"])
     perplexity = measure(subject, recipe, inputs)
-    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(subject, recipe))
-    positions = sampled_positions(recipe, inputs)
-    needs_grams = registry.get("allocator", recipe.allocator).needs_grams
+    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
+    positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
+    needs_grams = registry.get("allocator", recipe.allocator).needs == "grams" and recipe.kept.allocates
     features, grams = [], []
     for block in run.track(subject.blocks, "dense model"):
         stream.advance(block)
         features.append(stream.sample(positions).cpu())
-        grams.append(stream.gram(rmi_samples(recipe)) if needs_grams else torch.empty(0, 0))
+        grams.append(stream.gram(allocation_samples(recipe)) if needs_grams else torch.empty(0, 0))
     dense = Dense(torch.stack(features), torch.stack(grams), perplexity)
     run.save("dense", {"features": dense.features, "grams": dense.grams}, {"perplexity": perplexity})
     run.log("dense", perplexity=perplexity)
@@ -157,24 +158,23 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
 def allocate(
     subject: Subject, recipe: Recipe, step: int, inputs: Inputs, dense: Dense, state: State, run: Run
 ) -> dict[str, float]:
-    """Sparsity by unit (here: blocks, by their names), from the merged model as it stands (equations 4, 5, 6, 8)."""
+    """Sparsity by unit (blocks or linears, by their names), from the merged model as it stands (equations 4, 5, 6, 8)."""
     allocator = registry.get("allocator", recipe.allocator)(**recipe.allocator_options)
-    grams = list(dense.grams)
-    if allocator.needs_grams and step > 1:
-        tokens = inputs.calibration[: rmi_samples(recipe)]
-        stream = calibration.Stream(subject.model, subject.blocks, tokens, device_of(subject, recipe))
-        for i, block in enumerate(run.track(subject.blocks, f"step {step}/{recipe.steps}: layer-wise sparsity")):
-            stream.advance(block)
-            grams[i] = stream.gram(len(tokens))
-    units = [block for block in subject.blocks if block.linears]
+    pattern, target = recipe.kept, recipe.sparsity_at(step)
+    units = evidence.units_of(subject.blocks, recipe.rates_per)
+    counts = [unit.weights for unit in units]
     before = state.history[-1]["rates"] if state.history else {}
-    evidence = Evidence(
-        target=recipe.sparsity_at(step),
-        counts=[unit.weights for unit in units],
-        floors=[before.get(unit.name, 0.0) for unit in units],
-        grams=[grams[unit.index] for unit in units] if allocator.needs_grams else None,
-    )
-    return dict(zip([unit.name for unit in units], allocator.rates(evidence), strict=True))
+    floors = [before.get(unit.name, 0.0) for unit in units]
+    rates = [target] * len(units)
+    if pattern.allocates:
+        if allocator.needs == "grams" and step == 1:  # they were gathered on the way through the dense model
+            seen = list(dense.grams)
+        else:
+            tokens = inputs.calibration[: allocation_samples(recipe)]
+            seen = evidence.gather(subject, recipe, allocator, step, units, floors, tokens, run)
+        known = Evidence(target, counts, floors, seen or None, pattern.spread)
+        rates = allocator.rates(known)
+    return dict(zip([unit.name for unit in units], pattern.settle(rates, counts, target, floors), strict=True))
 
 
 def prune(
@@ -182,48 +182,21 @@ def prune(
 ) -> list[float]:
     """New masks, block by block, each seeing the inputs that the pruned blocks before it make; reconstruction errors."""
     pruner: Pruner = registry.get("pruner", recipe.pruner)(**recipe.pruner_options)
-    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(subject, recipe))
-    positions = sampled_positions(recipe, inputs)
+    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
+    positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     errors = []
     for block in run.track(subject.blocks, f"step {step}/{recipe.steps}: pruning"):
-        prune_block(block, pruner, rates, stream)
+        prune_block(block, pruner, recipe.amounts(block, rates), stream, true_sequential=recipe.true_sequential)
         stream.advance(block)
         errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
     return errors
 
 
-@torch.no_grad()
-def prune_block(block: Block, pruner: Pruner, rates: dict[str, float], stream: calibration.Stream) -> None:
-    """Prune every linear of `block` to the rate of its unit: its own, or its block's. Changed values meet the pairs as
-    decision 2 of the equations has it: W <- M' (W + (W' - merged)), rounded once; A and B stay."""
-    statistics = {name: pruner.statistic(linear.in_features, stream.device) for name, linear in block.linears.items()}
-    if pruner.needs_inputs and block.linears:
-        stream.observe(block, statistics)
-    for name, linear in block.masked.items():
-        merged = linear.effective_weight(torch.float32).to(stream.device)
-        rate = rates[name] if name in rates else rates[block.name]
-        try:
-            pruned, mask = pruner.prune(merged, linear.mask.to(stream.device), rate, statistics[name])
-        except LosaError as error:
-            raise LosaError(f"{name}: {error}") from error
-        changed = linear.weight + (pruned - merged).to(linear.weight.device) if pruner.changes_weights else None
-        linear.set_mask(mask)
-        if changed is not None:
-            linear.weight.copy_(changed.mul_(linear.mask))
-
-
-def reconstruction_error(dense: Tensor, pruned: Tensor) -> float:
-    """E_l = sum(((D - P) / ||D_channel||)^2) / channels; both [tokens, hidden], the norm over the tokens."""
-    error = (dense.float() - pruned.float()).square().sum(dim=0, dtype=torch.float64)
-    norm = dense.float().square().sum(dim=0, dtype=torch.float64)
-    return float((error / norm.clamp_min(1e-30)).mean())
-
-
-def set_ranks(subject: Subject, recipe: Recipe, step: int, rates: dict[str, float], errors: list[float]) -> list[int]:
+def set_ranks(subject: Subject, recipe: Recipe, step: int, errors: list[float]) -> list[int]:
     """Rank of every block from its error (equation 7), its sparsity, or all alike; the outputs do not move."""
     weights = {
         "error": errors,
-        "sparsity": [rates.get(block.name, 0.0) for block in subject.blocks],
+        "sparsity": [sparsity_of(block) for block in subject.blocks],
         "uniform": [1.0] * len(subject.blocks),
     }[recipe.rank_by]
     chosen = ranks.apportion(weights, recipe.mean_rank_at(step), recipe.max_rank)
@@ -233,6 +206,12 @@ def set_ranks(subject: Subject, recipe: Recipe, step: int, rates: dict[str, floa
             if linear.max_rank:
                 linear.set_rank(rank, generator)
     return chosen
+
+
+def sparsity_of(block: Block) -> float:
+    """The share of a block's prunable weights that its masks prune."""
+    kept = sum(int(linear.mask.sum()) for linear in block.masked.values())
+    return 1 - kept / block.weights if block.weights else 0.0
 
 
 # ---------------------------------------------------------------------------------------------- what is kept and told
@@ -313,13 +292,13 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     if output and not resume:
         check_output(output, overwrite)
     config = model.load_config(source) if isinstance(source, str) else source.config
-    blocks = model.find_blocks(model.skeleton(config) if isinstance(source, str) else source, recipe.ignore)
+    blocks = model.prunable(model.skeleton(config) if isinstance(source, str) else source, recipe)
     if recovery.trains:
         model.targeted([name for block in blocks for name in block.linears], recipe)
     limit = model.longest_text(config)
     for name in ("sequence_length", "train_length"):
         if getattr(recipe, name) > limit:
-            raise LosaError(f"{name} is {getattr(recipe, name)}: the model reads at most {limit} tokens")
+            raise LosaError(f"{name} is {getattr(recipe, name)}: the model reads at most {limit} tokens: lower it")
     return config
 
 
@@ -342,19 +321,10 @@ def read(recipe: Recipe, tokenizer: Any) -> Inputs:
     return Inputs(tokens, examples, evaluation)
 
 
-def sampled_positions(recipe: Recipe, inputs: Inputs) -> Tensor | None:
-    """Tokens whose dense features are kept, sorted; None: all."""
-    total = inputs.calibration.numel()
-    if recipe.error_tokens == 0 or recipe.error_tokens >= total:
-        return None
-    generator = torch.Generator().manual_seed(recipe.seed)
-    return torch.randperm(total, generator=generator)[: recipe.error_tokens].sort().values
+def allocation_samples(recipe: Recipe) -> int:
+    return min(recipe.allocation_samples, recipe.calibration_samples)
 
 
-def rmi_samples(recipe: Recipe) -> int:
-    return min(recipe.rmi_samples, recipe.calibration_samples)
-
-
-def device_of(subject: Subject, recipe: Recipe) -> torch.device:
+def device_of(recipe: Recipe) -> torch.device:
     """Where blocks compute: they visit it one at a time if the model lives elsewhere."""
     return model.choose_device(recipe.device)

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from losa import registry
+from losa import patterns, registry
 from losa.errors import LosaError
+from losa.masks import Amount
+
+if TYPE_CHECKING:
+    from losa.model import Block
 
 RECIPES = ("paper", "demo", "lora", "sparse-lora")
 
@@ -28,11 +32,25 @@ def setting(default: Any, doc: str) -> Any:
 class Recipe:
     """How a model is compressed. Constants are the paper's (section 3.1 and its code) where it has them."""
 
-    sparsity: float = setting(0.6, "share of the weights of every pruned linear that becomes zero, in [0, 1)")
+    sparsity: float = setting(
+        None, "share of the weights of pruned linears that becomes zero, in [0, 1); default 0.6, or what N:M says"
+    )
+    pattern: str = setting(
+        "unstructured",
+        "what is kept: unstructured; N:M, N kept of every M; mixed-N:M, every block its own N, with mean N; structured, "
+        "whole heads and channels",
+    )
+    undivided: Literal["refuse", "dense"] = setting(
+        "refuse", "linears whose input width the M of N:M does not divide: refuse them, or leave them dense"
+    )
     pruner: str = setting("wanda", "which weights go: " + ", ".join(sorted(registry.PRUNERS)))
     pruner_options: dict[str, Any] = setting(dict, "settings of the pruner, as JSON")
+    true_sequential: bool = setting(
+        False, "prune a block's linears in the order they run, each seeing those before it pruned, not all at once"
+    )
     allocator: str = setting("rmi", "sparsity per block: " + ", ".join(sorted(registry.ALLOCATORS)))
     allocator_options: dict[str, Any] = setting(dict, "settings of the allocator, as JSON")
+    rates_per: Literal["block", "linear"] = setting("block", "what has a sparsity of its own")
     schedule: Literal["cubic", "linear"] = setting("cubic", "how sparsity grows over the steps (equations 8, 10)")
     steps: int = setting(5, "steps of pruning and recovery (T); 1 prunes at once")
     mean_rank: float = setting(
@@ -46,7 +64,7 @@ class Recipe:
     calibration: str = setting("c4", "calibration text: c4, wikitext2, demo, a hub name or a local file")
     calibration_samples: int = setting(128, "calibration sequences")
     sequence_length: int = setting(2048, "tokens of a calibration sequence")
-    rmi_samples: int = setting(64, "calibration sequences the RMI allocator reads")
+    allocation_samples: int = setting(64, "calibration sequences the allocator reads, if it reads any")
     error_tokens: int = setting(
         4096, "dense features kept for the reconstruction errors, tokens per block; 0 keeps all"
     )
@@ -77,6 +95,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _widened(getattr(self, f.name), f.type))
+        if self.sparsity is None:
+            _check_type("pattern", self.pattern, str)
+            said = patterns.parse(self.pattern).sparsity
+            object.__setattr__(self, "sparsity", 0.6 if said is None else said)
         self.validate()
 
     def validate(self) -> None:
@@ -84,6 +106,11 @@ class Recipe:
         for f in dataclasses.fields(self):
             _check_type(f.name, getattr(self, f.name), f.type)
         _require(0 <= self.sparsity < 1, "sparsity", self.sparsity, "at least 0 and below 1")
+        kept = patterns.parse(self.pattern)
+        if kept.sparsity is not None and abs(kept.sparsity - self.sparsity) > 1e-9:
+            raise LosaError(
+                f"sparsity {self.sparsity:g} contradicts pattern {kept}, which keeps {kept.n} of {kept.m}: leave it out"
+            )
         for kind in ("pruner", "allocator"):
             cls, options = registry.get(kind, getattr(self, kind)), getattr(self, f"{kind}_options")
             known = [f.name for f in dataclasses.fields(cls)]
@@ -98,7 +125,7 @@ class Recipe:
             except LosaError as error:
                 raise LosaError(f"{kind}_options: {error}") from None
         registry.get("recovery", self.recovery)
-        positive = "steps calibration_samples sequence_length rmi_samples train_samples train_length batch_size"
+        positive = "steps calibration_samples sequence_length allocation_samples train_samples train_length batch_size"
         for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip"]:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require(self.mean_rank >= 1, "mean_rank", self.mean_rank, "at least 1: every adapted linear has a rank")
@@ -114,18 +141,30 @@ class Recipe:
         )
         if self.recovery != "none":
             _require(self.train_samples >= self.steps, "train_samples", self.train_samples, "at least one row a step")
+        allocator = registry.get("allocator", self.allocator)
+        if self.rates_per == "linear" and not allocator.per_linear:
+            raise LosaError(f"allocator {self.allocator!r} knows blocks only: set rates_per to block")
         if self.allocator == "rmi":
-            for name in ("rmi_samples", "calibration_samples"):
+            for name in ("allocation_samples", "calibration_samples"):
                 _require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2: RMI compares sequences")
         _require(abs(self.seed) <= 10**15, "seed", self.seed, "at most 1e15 either way")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", self.device):
             raise LosaError(f"device {self.device!r}: use auto, cpu or cuda (cuda:0, cuda:1 ...)")
-        patterns = [("ignore", pattern) for pattern in self.ignore]
-        for name, pattern in [*patterns, *([] if self.targets in TARGETS else [("targets", self.targets)])]:
+        ignored = [("ignore", pattern) for pattern in self.ignore]
+        for name, pattern in [*ignored, *([] if self.targets in TARGETS else [("targets", self.targets)])]:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise LosaError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+
+    @property
+    def kept(self) -> patterns.Pattern:
+        """The pattern of what is kept, parsed."""
+        return patterns.parse(self.pattern)
+
+    def amounts(self, block: "Block", rates: dict[str, float]) -> dict[str, Amount]:
+        """How much of each linear of `block` is pruned, from the rate of its unit: its own, or its block's."""
+        return {name: self.kept.amount(rates.get(name, rates.get(block.name, 0.0))) for name in block.linears}
 
     @property
     def scaling(self) -> float:
@@ -180,7 +219,11 @@ def load(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> R
             raise LosaError(f"recipe file {name_or_path!r} is not JSON: {error}") from None
         if not isinstance(settings, dict):
             raise LosaError(f"recipe file {name_or_path!r} holds no settings: expected one JSON object")
-    return from_settings(settings | (overrides or {}))
+    overrides = overrides or {}
+    if "pattern" in overrides and "sparsity" not in overrides:
+        said = isinstance(overrides["pattern"], str) and patterns.parse(overrides["pattern"]).sparsity
+        settings = {key: value for key, value in settings.items() if key != "sparsity" or not said}
+    return from_settings(settings | overrides)
 
 
 def from_settings(settings: dict[str, Any]) -> Recipe:

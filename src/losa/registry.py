@@ -15,6 +15,8 @@ PRUNERS = {
 ALLOCATORS = {
     "uniform": "losa.allocators.uniform:Uniform",
     "rmi": "losa.allocators.rmi:RMI",
+    "owl": "losa.allocators.owl:OWL",
+    "error": "losa.allocators.error:MeasuredError",
 }
 RECOVERIES = {
     "losa": "losa.recovery.low_rank:MaskedLowRank",

@@ -4,11 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from losa.allocators.base import Allocator, Evidence, water_level
+from losa.allocators.base import ALMOST_ALL, Allocator, Evidence, water_level
 from losa.errors import LosaError
-
-# A block pruned to exactly 1 would have no weights: the upper end of every box, unless the mean itself is above.
-ALMOST_ALL = 0.999
 
 
 def rmi_matrix(grams: list[torch.Tensor]) -> torch.Tensor:
@@ -46,11 +43,12 @@ def solve_box(cost: list[float], counts: list[int], target: float, low: list[flo
 @dataclass
 class RMI(Allocator):
     """beta: sharpness of the importance (the optimum moves with its order only, if blocks are of one size). delta: half
-    the box's width; None takes the paper's 0.01 up to a mean of 0.5, 0.02 up to 0.6, then 0.03."""
+    the box's width; None takes what the pattern says, or the paper's 0.01 up to a mean of 0.5, 0.02 up to 0.6, then 0.03."""
 
     beta: float = 1.0
     delta: float | None = None
-    needs_grams = True
+    needs = "grams"
+    per_linear = False
 
     def __post_init__(self) -> None:
         if not 0 < self.beta <= 700:  # exp(-beta) must not be 0: the order would be lost
@@ -59,10 +57,10 @@ class RMI(Allocator):
             raise LosaError(f"delta must be between 0 and 1, not {self.delta!r}")
 
     def rates(self, evidence: Evidence) -> list[float]:
-        assert evidence.grams is not None
+        assert evidence.seen is not None
         target = evidence.target
-        cost = importance(rmi_matrix(evidence.grams), self.beta).tolist()
-        delta = self.delta if self.delta is not None else default_delta(target)
+        cost = importance(rmi_matrix(evidence.seen), self.beta).tolist()
+        delta = next(d for d in (self.delta, evidence.spread, default_delta(target)) if d is not None)
         # a block never loses sparsity from one step to the next (equations.md, decision 1)
         lowest = max(0.0, min(target - delta, water_level(evidence)))
         low = [max(lowest, floor) for floor in evidence.floors]

@@ -1,0 +1,75 @@
+"""One block: statistics of its linears' inputs, new masks and weights, and how far its output has come from the dense one's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losa.calibration import Stream
+from losa.errors import LosaError
+from losa.masks import Amount
+from losa.model import Block
+from losa.pruners.base import Pruner, Statistic
+
+
+@torch.no_grad()
+def prune_block(
+    block: Block,
+    pruner: Pruner,
+    amounts: dict[str, Amount],
+    stream: Stream,
+    statistics: dict[str, Any] | None = None,
+    true_sequential: bool = False,
+) -> None:
+    """Prune every linear of `block` to its amount. `statistics`: if they were gathered elsewhere (gradients).
+
+    The linears of a block see its inputs as they are before the block is pruned; true_sequential: each sees those
+    before it pruned, at the cost of one pass over the block for each group that runs at once.
+    """
+    groups = stream.order(block) if true_sequential and pruner.needs_inputs else [list(block.linears)]
+    for names in groups:
+        seen = statistics or observe(block, pruner, names, stream)
+        for name in names:
+            prune_linear(name, block.masked[name], pruner, amounts[name], seen[name], stream.device)
+
+
+def observe(block: Block, pruner: Pruner, names: list[str], stream: Stream) -> dict[str, Any]:
+    """The pruner's statistic of the inputs of each of `names`; None for those that need none."""
+    statistics = {name: pruner.statistic(block.linears[name].in_features, stream.device) for name in names}
+    if pruner.needs_inputs and names:
+        stream.observe(block, statistics)
+    return statistics
+
+
+@torch.no_grad()
+def prune_linear(
+    name: str, linear: Any, pruner: Pruner, amount: Amount, statistic: Statistic | None, device: torch.device
+) -> None:
+    """New mask, and values if the pruner changes them, for one masked linear; its pair stays.
+
+    Changed values meet the pair as decision 2 of the equations has it: W <- M' (W + (W' - merged)), rounded once.
+    """
+    merged = linear.effective_weight(torch.float32).to(device)
+    try:
+        pruned, mask = pruner.prune(merged, linear.mask.to(device), amount, statistic)
+    except LosaError as error:
+        raise LosaError(f"{name}: {error}") from error
+    changed = linear.weight + (pruned - merged).to(linear.weight.device) if pruner.changes_weights else None
+    linear.set_mask(mask)
+    if changed is not None:
+        linear.weight.copy_(changed.mul_(linear.mask))
+
+
+def reconstruction_error(dense: Tensor, pruned: Tensor) -> float:
+    """E_l = sum(((D - P) / ||D_channel||)^2) / channels; both [tokens, hidden], the norm over the tokens."""
+    error = (dense.float() - pruned.float()).square().sum(dim=0, dtype=torch.float64)
+    norm = dense.float().square().sum(dim=0, dtype=torch.float64)
+    return float((error / norm.clamp_min(1e-30)).mean())
+
+
+def sampled_positions(wanted: int, tokens: int, seed: int) -> Tensor | None:
+    """A seeded sample of `wanted` positions among `tokens`, int64, rising; None: all (also for 0 wanted)."""
+    if not wanted or wanted >= tokens:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(tokens, generator=generator)[:wanted].sort().values
