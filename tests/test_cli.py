@@ -268,7 +268,7 @@ def test_help_is_quick_and_complete() -> None:
 def test_the_demo_recovers_what_pruning_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The built-in model is sound: it predicts Python, loses clearly at 60%, and wins part of it back in two short steps."""
     rest = ["--recipe", "demo", "--eval-data", "demo:validation", "--eval-tokens", "16384", "--quiet", "--json"]
-    short = ["--steps", "2", "--train-samples", "120", "--calibration-samples", "16", "--rmi-samples", "16"]
+    short = ["--steps", "2", "--train-samples", "120", "--calibration-samples", "16", "--allocation-samples", "16"]
     found = []
     for name, settings in {"pruned": ["--recovery", "none", *short], "losa": short}.items():
         assert main(["compress", "demo", "--output", str(tmp_path / name), *rest, *settings]) == 0

@@ -56,7 +56,7 @@ def test_uniform_n_follows_the_schedule(m: int, share: float, steps: int, units:
     for target in schedule(n, m, steps):
         rates = pattern.settle([target] * units, [3] * units, target, [0.0] * units)
         amount = pattern.amount(rates[0])
-        assert isinstance(amount, masks.NM) and len(set(rates)) == 1
+        assert isinstance(amount, patterns.NM) and len(set(rates)) == 1
         assert amount.n >= m * (1 - target) - 1e-9 > amount.n - 1  # the smallest N that is not below the schedule
         kept.append(amount.n)
     assert all(a >= b for a, b in pairwise(kept)) and kept[-1] == n

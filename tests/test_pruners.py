@@ -18,6 +18,7 @@ from torch import Tensor
 
 from losa import masks, registry
 from losa.errors import LosaError
+from losa.patterns import NM, Amount
 from losa.pruners.base import Pruner, Statistic
 from losa.pruners.magnitude import Magnitude
 from losa.pruners.sparsegpt import SparseGPT
@@ -27,6 +28,8 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 TIE = 1e-6  # relative difference of scores below which a choice is not determined
 EVERY = sorted(registry.PRUNERS)
+PATTERNS = [NM(2, 4), NM(4, 8), NM(2, 8)]
+SERIES = [*([pattern] for pattern in PATTERNS), [NM(6, 8), NM(4, 8), NM(2, 8)]]
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -95,6 +98,30 @@ def test_contract(name: str) -> None:
         again = pruner.prune(weight, within, sparsity, statistic)
         assert torch.equal(again[0], pruned) and torch.equal(again[1], mask), "not deterministic"
         weight, within = pruned, mask
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("series", SERIES, ids=lambda series: " ".join(map(str, series)))
+def test_n_of_m(name: str, series: list[NM]) -> None:
+    """Exactly N of every M are kept, also in SparseGPT's narrower last block, and by a series that shrinks."""
+    pruner, weight, within = make(name), draw(6, 136, seed=0), None
+    statistic = gather(pruner, inputs(136))
+    for pattern in series:
+        given_weight = weight.clone()
+        pruned, mask = pruner.prune(weight, within, pattern, statistic)
+        assert torch.equal(weight, given_weight) and mask.is_contiguous() and pruned.is_contiguous()
+        assert (mask.view(-1, pattern.m).sum(dim=1) == pattern.n).all()
+        assert not pruned[~mask].any() and not pruned[~mask].signbit().any()
+        assert within is None or not (mask & ~within).any()
+        assert pruner.changes_weights or torch.equal(pruned[mask], weight[mask])
+        weight, within = (pruned + 0.1 * draw(6, 136, seed=1)) * mask, mask
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_n_of_m_refuses_another_width(name: str) -> None:
+    pruner = make(name)
+    with pytest.raises(LosaError, match="4:8 needs an input width that 8 divides, not 132"):
+        pruner.prune(draw(3, 132, seed=0), None, NM(4, 8), gather(pruner, inputs(132)))
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -237,6 +264,14 @@ def test_magnitude_oracle(unit: str, sparsity: float, nested: bool) -> None:
     assert torch.equal(pruned, weight * mask)
 
 
+def wanda_scores(weight: Tensor, x: Tensor) -> Floats:
+    scores = np.zeros(weight.shape)
+    for row, column in np.ndindex(*weight.shape):
+        per_sequence = (array(x)[:, :, column] ** 2).sum(axis=1)
+        scores[row, column] = abs(float(weight[row, column])) * math.sqrt(per_sequence.sum() / len(x))
+    return scores
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("sparsity", [0.25, 0.6])
 def test_wanda_oracle(sparsity: float, nested: bool) -> None:
@@ -244,12 +279,23 @@ def test_wanda_oracle(sparsity: float, nested: bool) -> None:
     weight = draw(13, 29, seed=0) * within
     pruner = Wanda()
     pruned, mask = pruner.prune(weight, within, sparsity, gather(pruner, x))
+    scores = wanda_scores(weight, x)
     for row in range(13):
-        scores = np.zeros(29)
-        for column in range(29):
-            per_sequence = [sum(float(v) ** 2 for v in sequence[:, column]) for sequence in x]
-            scores[column] = abs(float(weight[row, column])) * math.sqrt(sum(per_sequence) / len(per_sequence))
-        assert_choice(mask[row].numpy(), scores, within[row].numpy(), math.floor(sparsity * 29), f"row {row}")
+        assert_choice(mask[row].numpy(), scores[row], within[row].numpy(), math.floor(sparsity * 29), f"row {row}")
+    assert torch.equal(pruned, weight * mask)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pruner", [Magnitude(), Magnitude(unit="row"), Wanda()], ids=repr)
+def test_magnitude_and_wanda_oracle_n_of_m(pruner: Pruner, pattern: NM, nested: bool) -> None:
+    within, x = some_within(13, 24, nested), inputs(24)
+    weight = draw(13, 24, seed=0) * within
+    pruned, mask = pruner.prune(weight, within, pattern, gather(pruner, x))
+    scores = wanda_scores(weight, x) if isinstance(pruner, Wanda) else np.abs(array(weight))
+    groups = (part.reshape(-1, pattern.m) for part in (mask.numpy(), scores, within.numpy()))
+    for at, group in enumerate(zip(*groups, strict=True)):
+        assert_choice(*group, pattern.m - pattern.n, f"group {at}")
     assert torch.equal(pruned, weight * mask)
 
 
@@ -257,7 +303,7 @@ def surgeon(
     weight: Tensor,
     within: Tensor,
     x: Tensor,
-    sparsity: float,
+    amount: Amount,
     got: Tensor,
     damp: float = 0.01,
     block: int = 8,
@@ -265,6 +311,7 @@ def surgeon(
 ) -> Floats:
     """SparseGPT by optimal brain surgery in float64; asserts the choice of mask `got` block by block and follows it.
 
+    Of N:M each row's M are chosen when the first of them comes, as compensated by then: `block` plays no part.
     hand_on False is the wrong variant, which holds what was pruned before at zero and drops its compensation.
     """
     w, was, keep, flat = array(weight).copy(), within.numpy(), got.numpy(), array(x).reshape(-1, x.shape[-1])
@@ -279,13 +326,17 @@ def surgeon(
     hessian += damp * np.trace(hessian) / columns * np.eye(columns)
     # of column j, the inverse over the columns that are not yet fixed: j and those behind it
     inverses = [np.linalg.inv(hessian[j:, j:]) for j in range(columns)]
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
+    width = amount.m if isinstance(amount, NM) else block
+    for start in range(0, columns, width):
+        end = min(start + width, columns)
         scores = np.stack([w[:, j] ** 2 / inverses[j][0, 0] for j in range(start, end)], axis=1)
-        count = math.floor(sparsity * rows * (end - start) + 1e-9)
-        if hand_on:
-            choice = keep[:, start:end].ravel(), scores.ravel(), was[:, start:end].ravel()
-            assert_choice(*choice, count, f"columns {start} to {end}")
+        choice = keep[:, start:end], scores, was[:, start:end]
+        if isinstance(amount, NM):
+            for row in range(rows):
+                assert_choice(*(part[row] for part in choice), amount.m - amount.n, f"row {row}, column {start}")
+        elif hand_on:
+            count = math.floor(amount * rows * (end - start) + 1e-9)
+            assert_choice(*(part.ravel() for part in choice), count, f"columns {start} to {end}")
         for row in range(rows):
             for j in range(start, end):
                 if keep[row, j]:
@@ -317,6 +368,34 @@ def test_sparsegpt_oracle(block: int, sparsity: float, nested: bool) -> None:
         magnitude, _ = Magnitude().prune(weight, None, sparsity, None)
         assert damage(x, weight, pruned) < 0.7 * damage(x, weight, magnitude)
         assert (pruned[mask] != weight[mask]).any()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("pattern", [*PATTERNS, NM(7, 20)], ids=str)
+@pytest.mark.parametrize("block", [40, 120])
+def test_sparsegpt_oracle_n_of_m(block: int, pattern: NM, nested: bool) -> None:
+    rows, columns = 7, 80 if pattern.m == 20 else 56  # more than one block, the last one narrower where M allows
+    within, x = some_within(rows, columns, nested), inputs(columns)
+    weight = draw(rows, columns, seed=0) * within
+    pruner = SparseGPT(block=block)
+    pruned, mask = pruner.prune(weight, within, pattern, gather(pruner, x))
+    want = surgeon(weight, within, x, pattern, mask)
+    np.testing.assert_allclose(array(pruned), want, rtol=1e-5, atol=1e-5)
+
+
+def test_sparsegpt_n_of_m_over_steps() -> None:
+    weight, x = draw(8, 48, seed=0), inputs(48)
+    pruner, within = SparseGPT(block=32), torch.ones(8, 48, dtype=torch.bool)
+    for n in (6, 4, 2):
+        pruned, mask = pruner.prune(weight, within, NM(n, 8), gather(pruner, x))
+        np.testing.assert_allclose(array(pruned), surgeon(weight, within, x, NM(n, 8), mask), rtol=1e-5, atol=1e-5)
+        weight, within = pruned, mask
+
+
+def test_sparsegpt_refuses_a_block_that_cuts_groups() -> None:
+    pruner = SparseGPT(block=12)
+    with pytest.raises(LosaError, match="block of 12 columns must be a multiple of 8, for 4:8"):
+        pruner.prune(draw(3, 24, seed=0), None, NM(4, 8), gather(pruner, inputs(24)))
 
 
 def test_sparsegpt_over_steps_hands_on_what_was_pruned() -> None:
@@ -379,6 +458,14 @@ def test_sparsegpt_damps_until_it_factorises() -> None:
 def test_sparsegpt_refuses(options: dict[str, float]) -> None:
     with pytest.raises(LosaError, match=next(iter(options))):
         SparseGPT(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_sparsegpt_refuses_weights_that_are_not_finite(value: float) -> None:
+    weight = draw(3, 4, seed=0)
+    weight[1, 2] = value
+    with pytest.raises(LosaError, match="weights that hold NaN or infinity"):
+        SparseGPT().prune(weight, None, 0.5, gather(SparseGPT(), inputs(4)))
 
 
 def test_magnitude_refuses() -> None:

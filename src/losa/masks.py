@@ -2,33 +2,15 @@
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from losa.errors import LosaError
-
-
-@dataclass(frozen=True)
-class NM:
-    """`n` KEPT of every `m` adjacent weights of a row, whatever other libraries call it."""
-
-    n: int
-    m: int
-
-    @property
-    def sparsity(self) -> float:
-        return 1 - self.n / self.m
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
-
-
-# How much of a matrix is pruned: a share in [0, 1] of each counting unit, or a pattern.
-Amount = float | NM
+from losa.patterns import NM, Amount
 
 
 def count_pruned(sparsity: float, n: int) -> int:
@@ -56,13 +38,15 @@ def choose(scores: Tensor, within: Tensor | None, amount: Amount, unit: Literal[
         # strictly below whatever is alive, so that they are counted first
         alive = scores.clamp(min=torch.finfo(scores.dtype).min)
         scores = torch.where(within, alive, -math.inf)
-    if bool(scores.isnan().any()):
+    if bool(scores.amax().isnan()):
         raise LosaError("pruning scores are not a number: the weights or the calibration inputs hold NaN or infinity")
     if isinstance(amount, NM):
-        keep = _keep_n_of_m(scores, amount)
+        amount.check(scores.shape[1])
+        size, count = amount.m, amount.m - amount.n
     else:
-        rows = scores.reshape(1, -1) if unit == "matrix" else scores.contiguous()
-        keep = _keep_all_but(rows, count_pruned(amount, rows.shape[1])).view(scores.shape)
+        size = scores.numel() if unit == "matrix" else scores.shape[1]
+        count = count_pruned(amount, size)
+    keep = _keep_all_but(scores.contiguous().view(-1, size), count).view(scores.shape)
     return keep if within is None else keep.logical_and_(within)
 
 
@@ -72,25 +56,18 @@ def _keep_all_but(rows: Tensor, count: int) -> Tensor:
         return torch.ones_like(rows, dtype=torch.bool)
     threshold = _smallest(rows, count)
     keep = rows > threshold
-    tied = rows == threshold
-    short = count - (rows < threshold).sum(dim=1, keepdim=True)  # how many of the tied must go
-    if bool((tied.sum(dim=1, keepdim=True) > short).any()):
+    if int(keep.sum()) < keep.numel() - count * len(rows):  # some are tied with the threshold and stay
+        tied = rows == threshold
+        short = count - (rows < threshold).sum(dim=1, keepdim=True)  # how many of the tied must go
         keep |= tied & (tied.cumsum(dim=1, dtype=torch.int32) > short)
     return keep
-
-
-def _keep_n_of_m(scores: Tensor, pattern: NM) -> Tensor:
-    """The m - n lowest of every m columns of a row go."""
-    if scores.shape[1] % pattern.m:
-        raise LosaError(f"{pattern} needs an input width that {pattern.m} divides, not {scores.shape[1]}")
-    order = scores.reshape(-1, pattern.m).sort(dim=1, stable=True).indices
-    keep = torch.ones(order.shape, dtype=torch.bool, device=scores.device)
-    return keep.scatter_(1, order[:, : pattern.m - pattern.n], False).view(scores.shape)
 
 
 def _smallest(rows: Tensor, k: int) -> Tensor:
     """The k-th smallest of each row, [rows, 1]."""
     if rows.device.type == "cpu":  # a selection: five times as fast as a sort
+        if len(rows) == 1 and rows.dtype == torch.float32:  # numpy's is twice as fast again, but knows no threads
+            return torch.from_numpy(np.partition(rows.detach().numpy(), k - 1)[:, k - 1 : k])
         return rows.kthvalue(k, dim=1, keepdim=True).values
     # elsewhere kthvalue is refused under torch.use_deterministic_algorithms, and a sort is fast
     return rows.sort(dim=1, stable=True).values[:, k - 1 : k]

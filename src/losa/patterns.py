@@ -9,9 +9,32 @@ from dataclasses import dataclass
 from typing import Literal
 
 from losa.errors import LosaError
-from losa.masks import NM, Amount
 
 KINDS = ("unstructured", "N:M", "mixed-N:M", "structured")
+
+
+@dataclass(frozen=True)
+class NM:
+    """`n` KEPT of every `m` adjacent weights of a row, whatever other libraries call it."""
+
+    n: int
+    m: int
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def check(self, columns: int) -> None:
+        """Raises LosaError where m does not divide `columns`."""
+        if columns % self.m:
+            raise LosaError(f"{self} needs an input width that {self.m} divides, not {columns}")
+
+
+# How much of a matrix is pruned: a share in [0, 1] of each counting unit, or a pattern.
+Amount = float | NM
 
 
 @dataclass(frozen=True)

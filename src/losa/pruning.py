@@ -7,8 +7,8 @@ from torch import Tensor
 
 from losa.calibration import Stream
 from losa.errors import LosaError
-from losa.masks import Amount
 from losa.model import Block
+from losa.patterns import Amount
 from losa.pruners.base import Pruner, Statistic
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from losa import patterns, registry
 from losa.errors import LosaError
-from losa.masks import Amount
+from losa.patterns import Amount
 
 if TYPE_CHECKING:
     from losa.model import Block

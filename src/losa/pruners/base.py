@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from losa.errors import LosaError
-from losa.masks import Amount
+from losa.patterns import Amount
 
 
 class Statistic(Protocol):

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from losa import masks, registry
-from losa.masks import Amount
+from losa.patterns import Amount
 from losa.pruners.base import Pruner, Statistic
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from losa import masks
-from losa.masks import Amount
+from losa.patterns import Amount
 from losa.pruners.base import InputSum, Pruner, Statistic
 
 
