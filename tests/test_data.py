@@ -15,10 +15,11 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from losa import data
-from losa.data import IGNORED, Example, Row
+from losa import data, sources
+from losa.data import IGNORED, Example
 from losa.demo import corpus
 from losa.errors import LosaError
+from losa.sources import Row
 
 BOS, EOS = "<s>", "</s>"
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -122,36 +123,36 @@ PROMPT_WITHOUT_INPUT = (
 )
 def test_forms_of_rows(write: Callable[..., str], suffix: str, record: dict[str, Any], rows: list[Row]) -> None:
     path = write(f"rows.{suffix}", [record, record])
-    assert list(data.load_rows(path, "train")) == rows + rows
-    data.check_source(path)
+    assert list(sources.load_rows(path, "train")) == rows + rows
+    sources.check_source(path)
 
 
 def test_text_file_is_one_document(write: Callable[..., str]) -> None:
-    assert list(data.load_rows(write("a.txt", "one\n\ntwo\n"), "train")) == [Row("", "one\n\ntwo\n")]
+    assert list(sources.load_rows(write("a.txt", "one\n\ntwo\n"), "train")) == [Row("", "one\n\ntwo\n")]
 
 
 def test_large_text_file_comes_in_pieces_of_whole_lines(
     write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "BATCH_CHARACTERS", 25)
+    monkeypatch.setattr(sources, "PIECE", 25)
     text = "".join(f"line {i}\n" for i in range(40))
-    pieces = [row.answer for row in data.load_rows(write("a.txt", text), "train")]
+    pieces = [row.answer for row in sources.load_rows(write("a.txt", text), "train")]
     assert "".join(pieces) == text and len(pieces) > 5 and all(piece.endswith("\n") for piece in pieces)
-    assert [row.answer for row in data.load_rows(write("a.txt", text), "evaluate")] == [text]
+    assert [row.answer for row in sources.load_rows(write("a.txt", text), "evaluate")] == [text]
 
 
 def test_json_may_be_lines_one_record_or_have_a_byte_order_mark(write: Callable[..., str]) -> None:
     lines = '{"text": "a"}\n\n{"text": "b"}\n'
     for name in ("a.json", "a.jsonl"):
-        assert list(data.load_rows(write(name, lines), "train")) == [Row("", "a"), Row("", "b")]
-        assert list(data.load_rows(write(name, b'\xef\xbb\xbf{"text": "a"}'), "train")) == [Row("", "a")]
-    assert list(data.load_rows(write("a.txt", b"\xef\xbb\xbfabc"), "train")) == [Row("", "abc")]
+        assert list(sources.load_rows(write(name, lines), "train")) == [Row("", "a"), Row("", "b")]
+        assert list(sources.load_rows(write(name, b'\xef\xbb\xbf{"text": "a"}'), "train")) == [Row("", "a")]
+    assert list(sources.load_rows(write("a.txt", b"\xef\xbb\xbfabc"), "train")) == [Row("", "abc")]
 
 
 def test_blank_rows_count_for_evaluation_only(write: Callable[..., str]) -> None:
     path = write("a.jsonl", [{"text": "a"}, {"text": " "}, {"text": "b"}])
-    assert [row.answer for row in data.load_rows(path, "evaluate")] == ["a", " ", "b"]
-    assert [row.answer for row in data.load_rows(path, "train")] == ["a", "b"]
+    assert [row.answer for row in sources.load_rows(path, "evaluate")] == ["a", " ", "b"]
+    assert [row.answer for row in sources.load_rows(path, "train")] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_blank_rows_count_for_evaluation_only(write: Callable[..., str]) -> None
 def test_bad_file_names_the_place(write: Callable[..., str], name: str, content: Any, message: str) -> None:
     path = write(name, content)
     with pytest.raises(LosaError, match=message) as caught:
-        list(data.load_rows(path, "train"))
+        list(sources.load_rows(path, "train"))
     assert str(caught.value).startswith(path) and "\n" not in str(caught.value)
 
 
@@ -192,7 +193,7 @@ def test_truncated_parquet(write: Callable[..., str]) -> None:
     path = Path(write("a.parquet", [{"text": "abc" * 100}] * 100))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(LosaError, match="not a whole parquet file"):
-        data.check_source(str(path))
+        sources.check_source(str(path))
 
 
 # --------------------------------------------------------------------------------------------- chat templates
@@ -222,8 +223,8 @@ TURNS = [
 def test_messages(write: Callable[..., str], template: str, turns: list[dict[str, str]], row: Row) -> None:
     tokenizer = make_tokenizer(chat_template=template)
     path = write("a.json", [{"messages": turns}])
-    data.check_source(path)  # before there is a tokenizer
-    assert list(data.load_rows(path, "train", tokenizer)) == [row]
+    sources.check_source(path)  # before there is a tokenizer
+    assert list(sources.load_rows(path, "train", tokenizer)) == [row]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_messages(write: Callable[..., str], template: str, turns: list[dict[str
 def test_bad_messages(write: Callable[..., str], messages: Any, message: str) -> None:
     tokenizer = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(LosaError, match=message):
-        list(data.load_rows(write("a.json", [{"messages": messages}]), "train", tokenizer))
+        list(sources.load_rows(write("a.json", [{"messages": messages}]), "train", tokenizer))
 
 
 def test_tokenizer_without_chat_template(write: Callable[..., str], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -271,9 +272,9 @@ def test_first_token_written_by_template_and_tokenizer_stands_once(write: Callab
 def test_unknown_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LosaError, match=message):
-        data.check_source(source)
+        sources.check_source(source)
     with pytest.raises(LosaError, match=message):
-        data.load_rows(source, "train")
+        sources.load_rows(source, "train")
 
 
 def test_wrong_paths(write: Callable[..., str], tmp_path: Path) -> None:
@@ -290,18 +291,18 @@ def test_wrong_paths(write: Callable[..., str], tmp_path: Path) -> None:
     }
     for source, message in cases.items():
         with pytest.raises(LosaError, match=message):
-            data.check_source(source)
+            sources.check_source(source)
 
 
 def test_good_sources_pass() -> None:
-    for source in [*data.SOURCES, "someone/data", "someone/data-v1.5:validation"]:
-        data.check_source(source)
+    for source in [*sources.SOURCES, "someone/data", "someone/data-v1.5:validation"]:
+        sources.check_source(source)
 
 
 def test_held_out_text_is_only_evaluated_on(tokenizer: PreTrainedTokenizerFast) -> None:
     for source, purpose in itertools.product(["demo:validation", "demo:test"], ["calibrate", "train"]):
         with pytest.raises(LosaError, match="held out for evaluation"):
-            data.check_source(source, purpose)  # type: ignore[arg-type]
+            sources.check_source(source, purpose)  # type: ignore[arg-type]
     with pytest.raises(LosaError, match="held out for evaluation"):
         data.training_examples("demo:test", tokenizer, 1, 8, 0)
     with pytest.raises(LosaError, match="'alpaca-gpt4' has no part to evaluate on"):
@@ -314,8 +315,8 @@ WIKITEXT = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
 @pytest.mark.parametrize(
     ("source", "purpose", "arguments"),
     [
-        ("c4", "calibrate", data.C4 | {"data_files": "en/c4-train.00000-of-01024.json.gz"}),
-        ("c4", "evaluate", data.C4 | {"data_files": "en/c4-validation.00000-of-00008.json.gz"}),
+        ("c4", "calibrate", sources.C4 | {"data_files": "en/c4-train.00000-of-01024.json.gz"}),
+        ("c4", "evaluate", sources.C4 | {"data_files": "en/c4-validation.00000-of-00008.json.gz"}),
         ("wikitext2", "calibrate", WIKITEXT | {"split": "train"}),
         ("wikitext2", "train", WIKITEXT | {"split": "train"}),
         ("wikitext2", "evaluate", WIKITEXT | {"split": "test"}),
@@ -327,7 +328,7 @@ WIKITEXT = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
 )
 def test_what_is_asked_of_the_hub(hub: dict[str, Any], source: str, purpose: Any, arguments: dict[str, Any]) -> None:
     hub["records"] = [{"text": "abc"}] * 2000
-    rows = list(data.load_rows(source, purpose))
+    rows = list(sources.load_rows(source, purpose))
     assert hub["calls"] == [arguments] and rows[0].answer.startswith("abc")
     assert len(rows) == {("c4", "evaluate"): 1100}.get((source, purpose), len(rows))
 
@@ -336,7 +337,7 @@ def test_what_is_asked_of_the_hub(hub: dict[str, Any], source: str, purpose: Any
 def test_hub_out_of_reach(hub: dict[str, Any], records: list[Any]) -> None:
     hub["records"] = [*records, ConnectionError("Couldn't reach it\nat all")]
     with pytest.raises(LosaError) as caught:
-        list(data.load_rows("c4", "train"))
+        list(sources.load_rows("c4", "train"))
     assert str(caught.value) == (
         "cannot read 'allenai/c4' from the Hugging Face hub (ConnectionError: Couldn't reach it): "
         "check the name and the network, or name a local file"
@@ -346,13 +347,13 @@ def test_hub_out_of_reach(hub: dict[str, Any], records: list[Any]) -> None:
 def test_without_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(LosaError, match="'a/b' needs the package datasets: pip install datasets, or name a local file"):
-        list(data.load_rows("a/b", "train"))
+        list(sources.load_rows("a/b", "train"))
 
 
 def test_wikitext_lines_are_put_together_to_articles(hub: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     lines = ["", " = One = \n", "", " a \n", " = = Part = = \n", " b \n", " = Two = \n", " c \n"]
     hub["records"] = [{"text": line} for line in lines]
-    assert [row.answer for row in data.load_rows("wikitext2", "train")] == [
+    assert [row.answer for row in sources.load_rows("wikitext2", "train")] == [
         " = One = \n\n\n\n\n a \n\n\n = = Part = = \n\n\n b \n",
         " = Two = \n\n\n c \n",
     ]
@@ -444,7 +445,7 @@ def test_shuffling_ahead_gives_every_row_once(write: Callable[..., str], monkeyp
     monkeypatch.setattr(data, "SHUFFLED_CHARACTERS", 100)
     path = write("a.json", documents(200, 10))
     rows = list(data._shuffled(path, "train", make_tokenizer(), seed=0))
-    assert sorted(rows) == sorted(data.load_rows(path, "train")) and rows != list(data.load_rows(path, "train"))
+    assert sorted(rows) == sorted(sources.load_rows(path, "train")) and rows != list(sources.load_rows(path, "train"))
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -455,7 +456,7 @@ def test_rows_are_examples_of_their_own(write: Callable[..., str], tokenizer: Pr
     path = write("a.jsonl", records)
     examples = data.training_examples(path, tokenizer, 30, 512, seed=0)
     texts = [text_of(tokenizer, example.input_ids) for example in examples]
-    rows = [row.prompt + row.answer + EOS for row in data.load_rows(path, "train")]
+    rows = [row.prompt + row.answer + EOS for row in sources.load_rows(path, "train")]
     assert sorted(texts) == sorted(rows) and texts != rows  # each once, in another order
     assert all(torch.equal(e.input_ids, e.labels) and e.labels.dtype == torch.int64 for e in examples)
     again = data.training_examples(path, tokenizer, 10, 512, seed=0)
@@ -482,7 +483,7 @@ def test_token_over_the_border_is_the_answers(write: Callable[..., str]) -> None
 
 def test_text_that_is_cut_has_no_end_token(write: Callable[..., str], tokenizer: PreTrainedTokenizerFast) -> None:
     records = [{"instruction": "a", "output": "b" * n} for n in (1, 50)]
-    fits = len(next(data.load_rows(write("a.json", records), "train")).prompt) + 2
+    fits = len(next(sources.load_rows(write("a.json", records), "train")).prompt) + 2
     examples = data.training_examples(write("a.json", records), tokenizer, 2, fits, seed=0)
     ends = {text_of(tokenizer, e.input_ids)[-6:] for e in examples}
     assert ends == {"\nb</s>", "nse:\nbb"[-6:]} and {len(e.input_ids) for e in examples} == {fits}

@@ -170,9 +170,9 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.tokens < 0 or args.window < 0 or args.window == 1:
         raise LosaError("--tokens and --window are counts of tokens: 0 takes the default, a window has at least 2")
     _quiet_libraries()
-    from losa import data, evaluate, model
+    from losa import data, evaluate, model, sources
 
-    data.check_source(args.data, "evaluate")
+    sources.check_source(args.data, "evaluate")
     config = model.load_config(args.model)
     tokenizer = model.load_tokenizer(args.model, config)
     tokens = data.evaluation_tokens(args.data, tokenizer)

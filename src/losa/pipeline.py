@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losa import calibration, data, evaluate, evidence, export, masks, model, ranks, registry
+from losa import calibration, data, evaluate, evidence, export, masks, model, ranks, registry, sources
 from losa.allocators.base import Evidence
 from losa.errors import LosaError
 from losa.model import Block, Subject
@@ -283,11 +283,11 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         raise LosaError(
             f"recovery {recipe.recovery!r} does not merge, so that only one step is possible: set steps to 1"
         )
-    data.check_source(recipe.calibration, "calibrate")
+    sources.check_source(recipe.calibration, "calibrate")
     if recovery.trains:
-        data.check_source(recipe.train_data, "train")
+        sources.check_source(recipe.train_data, "train")
     if recipe.eval_data:
-        data.check_source(recipe.eval_data, "evaluate")
+        sources.check_source(recipe.eval_data, "evaluate")
     model.choose_device(recipe.device)
     if output and not resume:
         check_output(output, overwrite)
