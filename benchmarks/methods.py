@@ -1,11 +1,12 @@
-"""The paper's comparison on the built-in model: what is left of the quality by pruner, sparsity and recovery method.
+"""Comparisons on the built-in model: what is left of the quality after pruning and recovery.
 
-    python benchmarks/methods.py --results methods.jsonl [--threads 1] [--part 1/2]
-    python benchmarks/methods.py --results methods.jsonl --table
+    python benchmarks/methods.py --results benchmarks/results.jsonl [--only methods allocators pruners] [--part 1/2]
+    python benchmarks/methods.py --results benchmarks/results.jsonl --table
 
-All methods get the same 1500 x 256 tokens. The learning rate of each method is chosen on demo:validation at 60% with
-Wanda and seed 0; the held-out test is then read once a seed. Every result is a line of JSON; what the file holds is not run again.
-Perplexities do not depend on the number of threads beyond rounding.
+methods: the paper's comparison, by pruner and sparsity. allocators: which rates win, by sparsity. pruners: the paper's
+appendix E, at 70%. All get the same 1500 x 256 tokens. The learning rate of each method is chosen on demo:validation at
+60% with Wanda and seed 0; the held-out test is then read once a seed. Every result is a line of JSON; what the file
+holds is not run again. Perplexities do not depend on the number of threads beyond rounding.
 """
 
 import argparse
@@ -13,14 +14,16 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = range(5)
 ONE_STEP = {"steps": 1, "mean_rank": 8.0}
+PRUNED = {"recovery": "none", "steps": 1}
 METHODS: dict[str, dict[str, Any]] = {
-    "pruned only": {"recovery": "none", "allocator": "uniform", "steps": 1},
+    "pruned only": {**PRUNED, "allocator": "uniform"},
     "LoRA, apart": {"recovery": "lora", "allocator": "uniform", "rank_by": "uniform", **ONE_STEP},
     "sparse LoRA": {"allocator": "uniform", "rank_by": "uniform", **ONE_STEP},
     "LoSA": {},
@@ -28,6 +31,77 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoSA, uniform ranks": {"rank_by": "uniform"},
     "LoSA, one step": ONE_STEP,
 }
+ALLOCATORS: dict[str, dict[str, Any]] = {
+    "uniform": {"allocator": "uniform"},
+    "rmi": {"allocator": "rmi"},
+    "owl": {"allocator": "owl"},
+    "error": {"allocator": "error"},
+    "error per linear": {"allocator": "error", "rates_per": "linear"},
+}
+AFTER = {"pruned only": PRUNED, "LoSA": {}}  # the two states that allocators and pruners are compared in
+
+
+def methods(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every result of the paper's comparison: its key and its settings; one seed of everything first."""
+    for seeds in (range(1), SEEDS):
+        for pruner in ("wanda", "sparsegpt"):
+            for sparsity in (0.6, 0.7, 0.5):
+                for method, settings in METHODS.items():
+                    for seed in seeds:
+                        key = {"pruner": pruner, "sparsity": sparsity, "method": method, "seed": seed}
+                        rate = tuned(path, method)
+                        chosen = settings | {"pruner": pruner, "sparsity": sparsity, "seed": seed}
+                        yield {"phase": "test", **key, "rate": rate}, chosen | {"learning_rate": rate}
+
+
+def allocators(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Wanda at the rates of each allocator."""
+    for sparsity in (0.5, 0.6, 0.7, 0.8):
+        for after, base in AFTER.items():
+            for name, settings in ALLOCATORS.items():
+                chosen = base | settings | {"sparsity": sparsity, "learning_rate": tuned(path, "LoSA")}
+                yield {"phase": "allocators", "sparsity": sparsity, "after": after, "allocator": name}, chosen
+
+
+def pruners(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The paper's appendix E."""
+    for after, base in AFTER.items():
+        for name in ("wanda", "sparsegpt", "pruner-zero", "alps"):
+            chosen = base | {"pruner": name, "sparsity": 0.7, "learning_rate": tuned(path, "LoSA")}
+            if after == "pruned only":
+                chosen["allocator"] = "uniform"
+            yield {"phase": "pruners", "after": after, "pruner": name}, chosen
+
+
+COMPARISONS = {"methods": methods, "allocators": allocators, "pruners": pruners}
+
+
+def tuned(path: Path, method: str) -> float:
+    """The learning rate that is best for a method on the validation split."""
+    if METHODS[method].get("recovery") == "none":
+        return RATES[0]
+    found = {}
+    for rate in RATES:
+        settings = METHODS[method] | {"sparsity": 0.6, "learning_rate": rate, "eval_data": "demo:validation"}
+        key = {"phase": "tune", "pruner": "wanda", "method": method, "rate": rate}
+        found[rate] = once(path, key, settings)["perplexity"]
+    return min(found, key=lambda rate: found[rate])
+
+
+def once(path: Path, key: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The result of `key`, from the file or from a run that is added to it."""
+    name = json.dumps(key)
+    if (found := read(path).get(name)) is None:
+        found = {"key": name, **key, **run(settings)}
+        with path.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(json.dumps(found), flush=True)
+    return found
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {line["key"]: line for line in lines}
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
@@ -45,73 +119,43 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {line["key"]: line for line in lines}
-
-
-def once(path: Path, key: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The result of `key`, from the file or from a run that is added to it."""
-    name = json.dumps(key)
-    if (found := read(path).get(name)) is None:
-        found = {"key": name, **key, **run(settings)}
-        with path.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        print(json.dumps(found), flush=True)
-    return found
-
-
-def compare(path: Path, pruner: str, sparsity: float, method: str, seeds: range) -> None:
-    base = {"pruner": pruner, **METHODS[method]}
-    rate = RATES[0]
-    if base.get("recovery") != "none":
-        tuned = {}
-        for candidate in RATES:
-            settings = METHODS[method] | {"sparsity": 0.6, "learning_rate": candidate, "eval_data": "demo:validation"}
-            key = {"phase": "tune", "pruner": "wanda", "method": method, "rate": candidate}
-            tuned[candidate] = once(path, key, settings)["perplexity"]
-        rate = min(tuned, key=lambda r: tuned[r])
-    for seed in seeds:
-        settings = base | {"sparsity": sparsity, "learning_rate": rate, "seed": seed}
-        key = {"phase": "test", "pruner": pruner, "sparsity": sparsity, "method": method, "seed": seed}
-        once(path, key | {"rate": rate}, settings)
-
-
-def table(path: Path) -> None:
-    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
-    for line in read(path).values():
-        if line["phase"] == "test":
-            groups.setdefault((line["pruner"], line["sparsity"], line["method"]), []).append(line)
-    print(
-        "| pruner | sparsity | method | learning rate | seeds | perplexity | deviation |\n|---|---|---|---|---|---|---|"
-    )
-    for (pruner, sparsity, method), lines in sorted(groups.items()):
-        values = [line["perplexity"] for line in lines]
-        deviation = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
-        rate = lines[0]["rate"] if METHODS[method].get("recovery") != "none" else "-"
-        mean = statistics.mean(values)
-        print(f"| {pruner} | {sparsity:.0%} | {method} | {rate} | {len(values)} | {mean:.3f} | {deviation} |")
+def tables(path: Path) -> None:
+    """What the file holds, one table a comparison; means and deviations over the seeds."""
+    for phase, columns in (
+        ("test", ("pruner", "sparsity", "method")),
+        ("allocators", ("sparsity", "after", "allocator")),
+        ("pruners", ("after", "pruner")),
+    ):
+        groups: dict[tuple[Any, ...], list[float]] = {}
+        for line in read(path).values():
+            if line["phase"] == phase:
+                groups.setdefault(tuple(line[column] for column in columns), []).append(line["perplexity"])
+        if groups:
+            print(f"\n| {' | '.join(columns)} | seeds | perplexity |\n|{'---|' * (len(columns) + 2)}")
+        for group, values in sorted(groups.items()):
+            deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells = [f"{cell:.0%}" if isinstance(cell, float) else cell for cell in group]
+            print(f"| {' | '.join(cells)} | {len(values)} | {statistics.mean(values):.3f}{deviation} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--part", default="1/1", help="K/N: every N-th method, from the K-th")
+    parser.add_argument("--part", default="1/1", help="K/N: every N-th result, from the K-th")
     parser.add_argument("--table", action="store_true", help="print what the file holds")
     args = parser.parse_args()
     if args.table:
-        return table(args.results)
+        return tables(args.results)
     import torch
 
     torch.set_num_threads(args.threads)
     part, parts = map(int, args.part.split("/"))
-    # what matters most comes first: one seed of everything, then the others
-    for seeds in (range(1), SEEDS):
-        for pruner in ("wanda", "sparsegpt"):
-            for sparsity in (0.6, 0.7, 0.5):
-                for method in list(METHODS)[part - 1 :: parts]:
-                    compare(args.results, pruner, sparsity, method, seeds)
+    for name in args.only:
+        for number, (key, settings) in enumerate(COMPARISONS[name](args.results)):
+            if number % parts == part - 1:
+                once(args.results, key, settings)
     return None
 
 

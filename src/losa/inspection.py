@@ -20,7 +20,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     """
     if (folder / "run" / "recipe.json").is_file() and not (folder / "losa.json").is_file():
         raise LosaError(
-            f"{str(folder)!r} is a run that has not finished: losa compress --output {folder} --resume goes on"
+            f"{str(folder)!r} is a run that has not finished: losa compress MODEL --output {folder} --resume goes on"
         )
     made: dict[str, Any] | None = None
     if (folder / "losa.json").is_file():

@@ -10,7 +10,7 @@ from losa.pipeline import check, compress
 from losa.progress import Progress
 from losa.run import check_output
 
-PROMPT = "def read_config(path):\n    with open(path) as file:\n"
+PROMPT = "def read_config(path):\n    with open(path) as file:"
 
 
 def demo(output: Path, sparsity: float | None, overwrite: bool, progress: Progress) -> dict[str, Any]:
@@ -55,14 +55,16 @@ def weight_bytes(folder: Path) -> int:
 
 
 def continuation(model: Any, tokenizer: Any) -> str:
-    """The likeliest next tokens after the prompt."""
+    """What the model makes of the prompt; a seeded sample, since the likeliest tokens of so small a model soon repeat."""
     inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
         ids = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=60,
-            do_sample=False,
-            repetition_penalty=1.2,
+            do_sample=True,
+            temperature=0.6,
+            top_p=0.9,
         )
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
