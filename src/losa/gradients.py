@@ -1,9 +1,9 @@
 """Gradients of the model's own loss, gathered block by block from the last to the first; the counterpart of calibration.
 
-Held at a time: one block's statistics; one sequence's activations within a block, on the compute device; and in the
-model's type, where the model lives, the gradient with respect to one block's output and the hidden states in front of
-at most log2(blocks) + 1 blocks. Those in front of the others are computed again when their turn comes: log2(blocks) / 2
-passes forward, where keeping all of them would take more memory than the whole model's gradients.
+Held at a time: one block's statistics and one sequence's activations, on the compute device; and where the model lives,
+in its type, the gradient with respect to one block's output and the hidden states in front of at most log2(blocks) + 1
+blocks. Those in front of the others are computed again when their turn comes, which over 32 blocks is one and a half
+passes forward; to keep them all would take more memory than the whole model's gradients do.
 """
 
 import math
