@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize(("pruner", "moment"), [*product(["wanda", "sparsegpt"], range(8)), ("pruner-zero", 3)])
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(
     moment: int, pruner: str, llama: Path, tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

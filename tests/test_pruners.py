@@ -21,6 +21,7 @@ from losa.errors import LosaError
 from losa.patterns import NM, Amount
 from losa.pruners.base import Pruner, Statistic
 from losa.pruners.magnitude import Magnitude
+from losa.pruners.pruner_zero import PrunerZero
 from losa.pruners.sparsegpt import SparseGPT
 from losa.pruners.wanda import Wanda
 
@@ -46,8 +47,13 @@ def inputs(features: int, sequences: int = 4, tokens: int = 40, seed: int = 1) -
     )
 
 
-def gather(pruner: Pruner, x: Tensor | None) -> Statistic | None:
-    """The pruner's statistic of x [sequences, tokens, in], one sequence at a time."""
+def gather(pruner: Pruner, x: Tensor | None, rows: int = 0) -> Statistic | None:
+    """The pruner's statistic of x [sequences, tokens, in], one sequence at a time; of gradients of `rows` made from it."""
+    if x is not None and pruner.needs_gradients:
+        gradients = pruner.gradient_statistic((rows, x.shape[-1]), "cpu")
+        for sequence, dy in zip(x, draw(len(x), rows, x.shape[1], seed=4), strict=True):
+            gradients.update(dy @ sequence, 1)
+        return gradients
     if x is None or (statistic := pruner.statistic(x.shape[-1], "cpu")) is None:
         return None
     for sequence in x:
@@ -78,8 +84,8 @@ def test_contract(name: str) -> None:
     assert pruner.name == name and dataclasses.is_dataclass(pruner)
     assert all(hasattr(pruner, fact) for fact in ("unit", "needs_inputs", "needs_gradients", "changes_weights"))
     weight, x = draw(10, 150, seed=0), inputs(150)
-    statistic = gather(pruner, x)
-    assert (statistic is not None) == pruner.needs_inputs
+    statistic = gather(pruner, x, 10)
+    assert (statistic is not None) == (pruner.needs_inputs or pruner.needs_gradients)
     before, within = weight.clone(), None
     for sparsity in (0.0, 0.3, 0.3, 0.55, 0.9):
         given_weight, given_mask = weight.clone(), None if within is None else within.clone()
@@ -105,7 +111,7 @@ def test_contract(name: str) -> None:
 def test_n_of_m(name: str, series: list[NM]) -> None:
     """Exactly N of every M are kept, also in SparseGPT's narrower last block, and by a series that shrinks."""
     pruner, weight, within = make(name), draw(6, 136, seed=0), None
-    statistic = gather(pruner, inputs(136))
+    statistic = gather(pruner, inputs(136), 6)
     for pattern in series:
         given_weight = weight.clone()
         pruned, mask = pruner.prune(weight, within, pattern, statistic)
@@ -121,14 +127,14 @@ def test_n_of_m(name: str, series: list[NM]) -> None:
 def test_n_of_m_refuses_another_width(name: str) -> None:
     pruner = make(name)
     with pytest.raises(LosaError, match="4:8 needs an input width that 8 divides, not 132"):
-        pruner.prune(draw(3, 132, seed=0), None, NM(4, 8), gather(pruner, inputs(132)))
+        pruner.prune(draw(3, 132, seed=0), None, NM(4, 8), gather(pruner, inputs(132), 3))
 
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("rows", [1, 10])
 def test_any_layout(name: str, rows: int) -> None:
     """A transposed weight gives the same and is left alone (its own transpose is contiguous: no view may slip out)."""
-    pruner, weight, statistic = make(name), draw(rows, 40, seed=0), gather(make(name), inputs(40))
+    pruner, weight, statistic = make(name), draw(rows, 40, seed=0), gather(make(name), inputs(40), rows)
     turned = weight.t().contiguous().t()
     want, got = pruner.prune(weight, None, 0.5, statistic), pruner.prune(turned, None, 0.5, statistic)
     assert torch.equal(turned, draw(rows, 40, seed=0)) and torch.equal(weight, turned)
@@ -140,7 +146,7 @@ def test_any_layout(name: str, rows: int) -> None:
 def test_more_pruned_than_asked_stays(name: str) -> None:
     pruner, weight, x = make(name), draw(6, 140, seed=0), inputs(140)
     within = torch.rand(6, 140, generator=torch.Generator().manual_seed(5)) < 0.2
-    pruned, mask = pruner.prune(weight * within, within, 0.3, gather(pruner, x))
+    pruned, mask = pruner.prune(weight * within, within, 0.3, gather(pruner, x, 6))
     assert torch.equal(mask, within) and not pruned[~mask].any()
 
 
@@ -149,11 +155,11 @@ def test_nan_is_an_error(name: str) -> None:
     pruner, weight, x = make(name), draw(4, 20, seed=0), inputs(20)
     weight[2, 3] = math.nan
     with pytest.raises(LosaError, match="NaN"):
-        pruner.prune(weight, None, 0.5, gather(pruner, x))
-    if pruner.needs_inputs:
+        pruner.prune(weight, None, 0.5, gather(pruner, x, 4))
+    if pruner.needs_inputs or pruner.needs_gradients:
         x[0, 0, 3] = math.nan
         with pytest.raises(LosaError, match="NaN"):
-            pruner.prune(draw(4, 20, seed=0), None, 0.5, gather(pruner, x))
+            pruner.prune(draw(4, 20, seed=0), None, 0.5, gather(pruner, x, 4))
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if make(name).needs_inputs])
@@ -213,7 +219,7 @@ CASE = 12, 21
 @given(sparsities=st.lists(st.floats(0, 1), min_size=2, max_size=4).map(sorted), seed=st.integers(0, 2**31))
 def test_masks_are_nested(name: str, sparsities: list[float], seed: int) -> None:
     pruner = make(name) if name != "sparsegpt" else SparseGPT(block=8)
-    statistic = gather(pruner, inputs(CASE[1], seed=seed))
+    statistic = gather(pruner, inputs(CASE[1], seed=seed), CASE[0])
     weight, within = draw(*CASE, seed=seed), None
     for sparsity in sparsities:
         pruned, mask = pruner.prune(weight, within, sparsity, statistic)
@@ -297,6 +303,37 @@ def test_magnitude_and_wanda_oracle_n_of_m(pruner: Pruner, pattern: NM, nested: 
     for at, group in enumerate(zip(*groups, strict=True)):
         assert_choice(*group, pattern.m - pattern.n, f"group {at}")
     assert torch.equal(pruned, weight * mask)
+
+
+def pruner_zero_scores(weight: Tensor, gradients: Tensor) -> Floats:
+    """gradients [sequences, out, in]"""
+    root = np.zeros(weight.shape)
+    for row, column in np.ndindex(*weight.shape):
+        root[row, column] = math.sqrt(sum(float(g) ** 2 for g in gradients[:, row, column]))
+    scaled = (root - root.min()) / (root.max() - root.min())
+    return np.abs(array(weight)) * np.abs(array(weight)) * scaled
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("amount", [0.25, 0.6, *PATTERNS], ids=str)
+def test_pruner_zero_oracle(amount: Amount, nested: bool) -> None:
+    within, gradients = some_within(13, 24, nested), 1e-4 * draw(5, 13, 24, seed=1)
+    weight = draw(13, 24, seed=0) * within
+    pruner = PrunerZero()
+    whole, merged = [pruner.gradient_statistic((13, 24), "cpu") for _ in range(2)]
+    for gradient in gradients:
+        whole.update(gradient, 1)
+        part = pruner.gradient_statistic((13, 24), "cpu")
+        part.update(gradient, 1)
+        merged.merge({key: tensor.double() for key, tensor in part.tensors().items()})  # reduced in fp64
+    pruned, mask = pruner.prune(weight, within, amount, whole)
+    scores, size = pruner_zero_scores(weight, gradients), amount.m if isinstance(amount, NM) else 24
+    count = amount.m - amount.n if isinstance(amount, NM) else math.floor(amount * 24)
+    groups = (part.reshape(-1, size) for part in (mask.numpy(), scores, within.numpy()))
+    for at, group in enumerate(zip(*groups, strict=True)):
+        assert_choice(*group, count, f"group {at}")
+    assert torch.equal(pruned, weight * mask)
+    torch.testing.assert_close(merged.tensors(), whole.tensors(), rtol=1e-6, atol=0)
 
 
 def surgeon(

@@ -25,26 +25,33 @@ class _Captured(Exception):
 class Stream:
     """The hidden states of `tokens` (int64 [samples, length]) in front of the next block, in batches.
 
-    `device` is where blocks compute: a block whose weights live elsewhere visits it and goes back.
+    `device` is where blocks compute: a block whose weights live elsewhere visits it and goes back. `sequences`: how
+    many make a batch; None: as many as have BATCH_TOKENS.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[Block], tokens: Tensor, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[Block],
+        tokens: Tensor,
+        device: torch.device,
+        sequences: int | None = None,
+    ) -> None:
         self.device = device
         self.samples, self.length = tokens.shape
         self.hiddens: list[Tensor] = []
         # a block's keyword arguments (mask, rotary embeddings) differ between blocks and batch sizes, not between batches
         self._arguments: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         home = next(model.parameters()).device
-        with torch.no_grad(), self._recording(blocks):
-            for batch in tokens.split(max(1, BATCH_TOKENS // self.length)):
+        with torch.no_grad(), replaced(blocks, self._recorder(blocks)):
+            for batch in tokens.split(sequences or max(1, BATCH_TOKENS // self.length)):
                 try:
                     model(input_ids=batch.to(home), use_cache=False)
                 except _Captured:
                     continue
                 raise LosaError(f"{type(model).__name__} does not run its blocks in order: it is not supported")
 
-    @contextmanager
-    def _recording(self, blocks: list[Block]) -> Iterator[None]:
+    def _recorder(self, blocks: list[Block]) -> Callable[[Block], Callable[..., Any]]:
         def recorder(block: Block) -> Callable[..., Any]:
             def record(hidden: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
                 hidden = named.pop("hidden_states") if hidden is None else hidden
@@ -57,21 +64,20 @@ class Stream:
 
             return record
 
-        for block in blocks:
-            block.module.forward = recorder(block)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.module.forward
+        return recorder
+
+    def run(self, block: Block, hidden: Tensor) -> Tensor:
+        """What `block` makes of one batch, [sequences, length, hidden]; both are on the compute device already."""
+        rest, named = _to(self._arguments[block.name, len(hidden)], self.device)
+        out = block.module(hidden, *rest, **named)
+        made: Tensor = out[0] if isinstance(out, tuple) else out
+        return made
 
     def outputs(self, block: Block) -> Generator[Tensor]:
-        """What `block` makes of each batch, [sequences, length, hidden]; the stream stays in front of it."""
-        with torch.no_grad(), _visiting(block.module, self.device):
+        """What `block` makes of each batch; the stream stays in front of it."""
+        with torch.no_grad(), visiting(block.module, self.device):
             for hidden in self.hiddens:
-                rest, named = _to(self._arguments[block.name, len(hidden)], self.device)
-                out = block.module(hidden.to(self.device), *rest, **named)
-                yield out[0] if isinstance(out, tuple) else out
+                yield self.run(block, hidden.to(self.device))
 
     def advance(self, block: Block) -> None:
         """Run `block` for good: the stream stands behind it."""
@@ -180,7 +186,20 @@ def _unnumbered(name: str, block: Block) -> str:
 
 
 @contextmanager
-def _visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+def replaced(blocks: list[Block], make: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
+    """Each block's forward is what `make` makes for it."""
+    for block in blocks:
+        block.module.forward = make(block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.module.forward
+
+
+@contextmanager
+def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """`module` is on `device`, and back where it was at the end."""
     home = next(module.parameters()).device
     if home == device:
         yield

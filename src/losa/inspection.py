@@ -96,16 +96,18 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     widths = sum(linear.in_features + linear.out_features for linear in adapted)
     hidden = skeleton.get_input_embeddings().embedding_dim
     tokens = recipe.calibration_samples * recipe.sequence_length
-    size = dtype.itemsize
+    size, vocabulary = dtype.itemsize, config.get_text_config().vocab_size
+    gradients = registry.get("pruner", recipe.pruner).needs_gradients
 
     base = parameters * size + weights // 8 + 4 * recipe.max_rank * widths
     features = min(recipe.error_tokens or tokens, tokens) * hidden * size * len(blocks)
     statistics = max(_statistics(block, recipe) for block in blocks)
     activations = min(calibration.BATCH_TOKENS, tokens) * 4 * max(linear.out_features for _, linear in linears) * size
-    calibrating = tokens * hidden * size + features + statistics + activations
+    held = len(blocks).bit_length() + 1 if gradients else 1  # sets of hidden states
+    logits = recipe.sequence_length * vocabulary * (size + 8) if gradients else 0
+    calibrating = held * tokens * hidden * size + features + statistics + activations + logits
     rows = recipe.micro_batch_size * recipe.train_length
     saved = sum(linear.in_features + 2 * linear.out_features for _, linear in linears) * rows * size
-    vocabulary = config.get_text_config().vocab_size
     training = 3 * 4 * recipe.max_rank * widths + saved + rows * vocabulary * (size + 8) if adapted else 0
     state = weights * size + weights // 8 + 4 * recipe.max_rank * widths
     return {
@@ -139,7 +141,10 @@ def _statistics(block: model.Block, recipe: Recipe) -> int:
     total = 0
     for linear in block.linears.values():
         with torch.device("meta"):
-            statistic = pruner.statistic(linear.in_features, "meta")
+            if pruner.needs_gradients:
+                statistic = pruner.gradient_statistic(linear.weight.shape, "meta")
+            else:
+                statistic = pruner.statistic(linear.in_features, "meta")
         if statistic is not None:
             total += sum(tensor.numel() * tensor.itemsize for tensor in statistic.tensors().values())
     return total

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losa import calibration, data, evaluate, evidence, export, masks, model, ranks, registry, sources
+from losa import calibration, data, evaluate, evidence, export, gradients, masks, model, ranks, registry, sources
 from losa.allocators.base import Evidence
 from losa.errors import LosaError
 from losa.model import Block, Subject
@@ -182,14 +182,28 @@ def prune(
 ) -> list[float]:
     """New masks, block by block, each seeing the inputs that the pruned blocks before it make; reconstruction errors."""
     pruner: Pruner = registry.get("pruner", recipe.pruner)(**recipe.pruner_options)
+    if pruner.needs_gradients:
+        prune_by_gradients(subject, recipe, step, rates, inputs, pruner, run)
     stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
     positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     errors = []
     for block in run.track(subject.blocks, f"step {step}/{recipe.steps}: pruning"):
-        prune_block(block, pruner, recipe.amounts(block, rates), stream, true_sequential=recipe.true_sequential)
+        if not pruner.needs_gradients:
+            prune_block(block, pruner, recipe.amounts(block, rates), stream, true_sequential=recipe.true_sequential)
         stream.advance(block)
         errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
     return errors
+
+
+def prune_by_gradients(
+    subject: Subject, recipe: Recipe, step: int, rates: dict[str, float], inputs: Inputs, pruner: Pruner, run: Run
+) -> None:
+    """New masks from the last block to the first, by gradients of the model as it stood before any of them."""
+    backward = gradients.Backward(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
+    for block in run.track(subject.blocks[::-1], f"step {step}/{recipe.steps}: gradients"):
+        # what lies before a block does not see it, so that it can be pruned at once and its gradients forgotten
+        amounts = recipe.amounts(block, rates)
+        prune_block(block, pruner, amounts, backward.stream, backward.gather(block, pruner))
 
 
 def set_ranks(subject: Subject, recipe: Recipe, step: int, errors: list[float]) -> list[int]:

@@ -21,7 +21,7 @@ def prune_block(
     statistics: dict[str, Any] | None = None,
     true_sequential: bool = False,
 ) -> None:
-    """Prune every linear of `block` to its amount. `statistics`: if they were gathered elsewhere (gradients).
+    """Prune every linear of `block` to its amount. `statistics`: if they were gathered elsewhere, as gradients are.
 
     The linears of a block see its inputs as they are before the block is pruned; true_sequential: each sees those
     before it pruned, at the cost of one pass over the block for each group that runs at once.

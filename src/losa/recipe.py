@@ -124,6 +124,7 @@ class Recipe:
                 cls(**options)
             except LosaError as error:
                 raise LosaError(f"{kind}_options: {error}") from None
+        self._validate_pruner()
         registry.get("recovery", self.recovery)
         positive = "steps calibration_samples sequence_length allocation_samples train_samples train_length batch_size"
         for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip"]:
@@ -156,6 +157,24 @@ class Recipe:
                 re.compile(pattern)
             except re.error as error:
                 raise LosaError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+
+    def _validate_pruner(self) -> None:
+        """Raise LosaError for settings that mean nothing to the pruner."""
+        pruner, allocator = registry.get("pruner", self.pruner), registry.get("allocator", self.allocator)
+        if self.true_sequential and not pruner.needs_inputs:
+            raise LosaError(f"true_sequential changes inputs, which pruner {self.pruner!r} does not read: leave it out")
+        if pruner.needs_gradients:
+            if allocator.needs == "errors":
+                raise LosaError(
+                    f"allocator {self.allocator!r} prunes each block for trial on the way forward, where pruner "
+                    f"{self.pruner!r} has no gradients yet: use another allocator"
+                )
+            _require(
+                self.sequence_length >= 2,
+                "sequence_length",
+                self.sequence_length,
+                "at least 2: a loss needs a next token",
+            )
 
     @property
     def kept(self) -> patterns.Pattern:

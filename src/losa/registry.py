@@ -11,6 +11,7 @@ PRUNERS = {
     "magnitude": "losa.pruners.magnitude:Magnitude",
     "wanda": "losa.pruners.wanda:Wanda",
     "sparsegpt": "losa.pruners.sparsegpt:SparseGPT",
+    "pruner-zero": "losa.pruners.pruner_zero:PrunerZero",
 }
 ALLOCATORS = {
     "uniform": "losa.allocators.uniform:Uniform",

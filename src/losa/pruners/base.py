@@ -1,8 +1,8 @@
-"""What a pruner is given and must return, and the statistic it may gather from a linear's inputs."""
+"""What a pruner is given and must return, and the statistic it may gather from a linear's inputs or gradients."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -12,10 +12,13 @@ from losa.patterns import Amount
 
 
 class Statistic(Protocol):
-    """What a pruner knows of the inputs of one linear; the statistic of two sets of inputs is the sum of theirs."""
+    """What a pruner knows of the inputs of one linear, or of its weight's gradients; that of two sets is the sum of theirs."""
 
     def update(self, x: Tensor, sequences: int) -> None:
-        """Take in x [tokens, in], any float: the tokens of `sequences` sequences (0 for more tokens of the last)."""
+        """Take in x [tokens, in], any float: the tokens of `sequences` sequences (0 for more tokens of the last).
+
+        Of a pruner that needs gradients: x [out, in], fp32 or wider, the gradient that one sequence's loss has.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """Its state, not copied: what a sum over processes adds up, name by name (in fp64, see DESIGN)."""
@@ -25,7 +28,9 @@ class Statistic(Protocol):
 
 
 class InputSum:
-    """A statistic that is one sum over tokens and the number of sequences; a pruner says what is summed."""
+    """A statistic that is one sum and the number of sequences; a pruner says what is summed. Its last axis is the inputs."""
+
+    of: ClassVar[str] = "calibration inputs"
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> None:
         self.total = torch.zeros(shape, dtype=dtype, device=device)
@@ -42,9 +47,9 @@ class InputSum:
     def require(cls, statistic: Statistic | None, in_features: int) -> Self:
         """`statistic` if it is one of these, for `in_features` columns, and has seen something; else LosaError."""
         if not isinstance(statistic, cls):
-            raise LosaError(f"this pruner needs calibration inputs ({cls.__name__}), not {type(statistic).__name__}")
-        if statistic.total.shape[0] != in_features:
-            raise LosaError(f"the statistic has {statistic.total.shape[0]} input features, the weight {in_features}")
+            raise LosaError(f"this pruner needs {cls.of} ({cls.__name__}), not {type(statistic).__name__}")
+        if statistic.total.shape[-1] != in_features:
+            raise LosaError(f"the statistic has {statistic.total.shape[-1]} input features, the weight {in_features}")
         if statistic.sequences < 1:
             raise LosaError("no calibration sequence reached this linear: check the calibration data, or ignore it")
         return statistic
@@ -66,6 +71,10 @@ class Pruner(ABC):
     def statistic(self, in_features: int, device: torch.device | str) -> Statistic | None:
         """An empty statistic for a linear of so many inputs; None if the pruner needs none."""
         return None
+
+    def gradient_statistic(self, shape: tuple[int, ...], device: torch.device | str) -> Statistic:
+        """An empty statistic for the gradients of a weight of `shape` [out, in], of a pruner that needs them."""
+        raise NotImplementedError
 
     @abstractmethod
     def prune(
