@@ -38,7 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps", "magnitude"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_saved_model_loads_and_is_as_sparse_as_its_masks(
     kind: str, pruner: str, tmp_path: Path, small: Recipe
@@ -70,7 +70,7 @@ def test_a_saved_model_loads_and_is_as_sparse_as_its_masks(
     assert not (tmp_path / "out" / "run" / "pruned.safetensors").exists()
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps"])
 def test_merged_and_adapted_model_agree(pruner: str, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 2, in fp32: relative 1e-5."""
     before: list[Tensor] = []
@@ -351,7 +351,7 @@ def test_outliers_and_errors_are_those_of_the_model(small: Recipe, monkeypatch: 
             assert float(table[1, -1]) == pytest.approx(float(error_there), rel=1e-3)
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps"])
 def test_true_sequential_sees_what_is_pruned_before(pruner: str, small: Recipe) -> None:
     """Against an oracle that prunes q,k,v; then o; then gate, up; then down, each from a fresh forward pass."""
     from losa import registry
