@@ -351,7 +351,7 @@ def test_outliers_and_errors_are_those_of_the_model(small: Recipe, monkeypatch: 
             assert float(table[1, -1]) == pytest.approx(float(error_there), rel=1e-3)
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps"])
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
 def test_true_sequential_sees_what_is_pruned_before(pruner: str, small: Recipe) -> None:
     """Against an oracle that prunes q,k,v; then o; then gate, up; then down, each from a fresh forward pass."""
     from losa import registry
