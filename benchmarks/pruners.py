@@ -2,7 +2,8 @@
 
     python benchmarks/pruners.py [--shape 2048x2048 512x2048 --sparsity 0.5 0.7 2:4 --threads 1 --rounds 5]
 
-One matrix, with the statistic of inputs that go together as a transformer's do; gathering it is not timed. Rounds are
+One matrix, with the statistic of inputs that go together as a transformer's do (and of gradients made from them);
+gathering it is not timed. Rounds are
 interleaved; times are medians over them. The ratio, to the first pruner within a round, is of processor time, so that
 what else runs matters less. `shares` are of the wall time of one more call under torch.profiler, an operation's own
 time without those it calls; numpy's selection is none of torch's. One line of JSON a pruner; nothing is timed whose
@@ -84,7 +85,10 @@ def compare(names: list[str], out: int, columns: int, wanted: Amount, tokens: in
     x, calls = inputs(tokens, columns), {}
     for name in names:
         pruner = registry.get("pruner", name)()
-        if (statistic := pruner.statistic(columns, "cpu")) is not None:
+        if pruner.needs_gradients:
+            statistic = pruner.gradient_statistic((out, columns), "cpu")
+            statistic.update(torch.randn(out, len(x), generator=torch.Generator().manual_seed(2)) @ x, 1)
+        elif (statistic := pruner.statistic(columns, "cpu")) is not None:
             statistic.update(x, 1)
         calls[name] = lambda pruner=pruner, statistic=statistic: pruner.prune(weight, None, wanted, statistic)
         check(name, pruner, calls[name]()[1], wanted)  # and warms up

@@ -227,7 +227,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("pruner", "moment"), [*product(["wanda", "sparsegpt"], range(8)), ("pruner-zero", 3)])
+@pytest.mark.parametrize(
+    ("pruner", "moment"), [*product(["wanda", "sparsegpt"], range(8)), ("pruner-zero", 3), ("alps", 3)]
+)
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(
     moment: int, pruner: str, llama: Path, tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

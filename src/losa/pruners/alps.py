@@ -60,7 +60,7 @@ class ALPS(Pruner):
     def prune(
         self, weight: Tensor, within: Tensor | None, amount: Amount, statistic: Statistic | None
     ) -> tuple[Tensor, Tensor]:
-        """In the coordinates W diag(X^T X)^1/2, where the Hessian has a unit diagonal and one rho suits every column."""
+        """Works in the coordinates W diag(X^T X)^1/2, where the Hessian has a unit diagonal and one rho suits every column."""
         gram = Gram.require(statistic, weight.shape[1])
         if not bool(weight.isfinite().all()):
             raise LosaError("ALPS was given weights that hold NaN or infinity")
