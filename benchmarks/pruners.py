@@ -3,11 +3,10 @@
     python benchmarks/pruners.py [--shape 2048x2048 512x2048 --sparsity 0.5 0.7 2:4 --threads 1 --rounds 5]
 
 One matrix, with the statistic of inputs that go together as a transformer's do (and of gradients made from them);
-gathering it is not timed. Rounds are
-interleaved; times are medians over them. The ratio, to the first pruner within a round, is of processor time, so that
-what else runs matters less. `shares` are of the wall time of one more call under torch.profiler, an operation's own
-time without those it calls; numpy's selection is none of torch's. One line of JSON a pruner; nothing is timed whose
-count is not exact.
+gathering it is not timed. Rounds are interleaved; times are medians over them. The ratio, to the first pruner within a
+round, is of processor time, so that what else runs matters less. `shares` are of the wall time of one more call under
+torch.profiler, an operation's own time without those it calls; numpy's selection is none of torch's. One line of JSON a
+pruner; nothing is timed whose count is not exact.
 """
 
 import argparse
