@@ -99,7 +99,7 @@ def of_groups(mask: torch.Tensor, m: int) -> set[int]:
     return set(mask.view(-1, m).sum(dim=1).tolist())
 
 
-@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_a_run_ends_with_n_of_m(pruner: str, small: Recipe, llama: Path, tmp_path: Path) -> None:
     recipe = Recipe(**small.to_json() | {"pattern": "2:4", "pruner": pruner, "steps": 3, "sparsity": None})
     result = losa.compress(str(llama), recipe, tmp_path / "out")

@@ -38,7 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps", "magnitude"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_saved_model_loads_and_is_as_sparse_as_its_masks(
     kind: str, pruner: str, tmp_path: Path, small: Recipe
@@ -70,7 +70,7 @@ def test_a_saved_model_loads_and_is_as_sparse_as_its_masks(
     assert not (tmp_path / "out" / "run" / "pruned.safetensors").exists()
 
 
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps"])
 def test_merged_and_adapted_model_agree(pruner: str, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 2, in fp32: relative 1e-5."""
     before: list[Tensor] = []
@@ -227,7 +227,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("pruner", "moment"), [*product(["wanda", "sparsegpt"], range(8)), ("pruner-zero", 3)])
+@pytest.mark.parametrize(
+    ("pruner", "moment"), [*product(["wanda", "sparsegpt"], range(8)), ("pruner-zero", 3), ("alps", 3)]
+)
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(
     moment: int, pruner: str, llama: Path, tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

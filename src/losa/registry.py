@@ -12,6 +12,7 @@ PRUNERS = {
     "wanda": "losa.pruners.wanda:Wanda",
     "sparsegpt": "losa.pruners.sparsegpt:SparseGPT",
     "pruner-zero": "losa.pruners.pruner_zero:PrunerZero",
+    "alps": "losa.pruners.alps:ALPS",
 }
 ALLOCATORS = {
     "uniform": "losa.allocators.uniform:Uniform",
