@@ -38,12 +38,16 @@ class Recipe:
     pattern: str = setting(
         "unstructured",
         "what is kept: unstructured; N:M, N kept of every M; mixed-N:M, every block its own N, with mean N; structured, "
-        "whole heads and channels",
+        "whole key/value heads and MLP channels: the model gets smaller (with allocator uniform, all blocks alike)",
     )
     undivided: Literal["refuse", "dense"] = setting(
         "refuse", "linears whose input width the M of N:M does not divide: refuse them, or leave them dense"
     )
-    pruner: str = setting("wanda", "which weights go: " + ", ".join(sorted(registry.PRUNERS)))
+    pruner: str = setting(
+        None,
+        f"which weights go: {', '.join(sorted(registry.PRUNERS))}; with pattern structured, which heads and channels: "
+        f"{', '.join(sorted(registry.STRUCTURED))}; default wanda, or wanda-sp",
+    )
     pruner_options: dict[str, Any] = setting(dict, "settings of the pruner, as JSON")
     true_sequential: bool = setting(
         False, "prune a block's linears in the order they run, each seeing those before it pruned, not all at once"
@@ -95,10 +99,12 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _widened(getattr(self, f.name), f.type))
+        _check_type("pattern", self.pattern, str)
         if self.sparsity is None:
-            _check_type("pattern", self.pattern, str)
-            said = patterns.parse(self.pattern).sparsity
+            said = self.kept.sparsity
             object.__setattr__(self, "sparsity", 0.6 if said is None else said)
+        if self.pruner is None:
+            object.__setattr__(self, "pruner", "wanda-sp" if self.structured else "wanda")
         self.validate()
 
     def validate(self) -> None:
@@ -110,6 +116,13 @@ class Recipe:
         if kept.sparsity is not None and abs(kept.sparsity - self.sparsity) > 1e-9:
             raise LosaError(
                 f"sparsity {self.sparsity:g} contradicts pattern {kept}, which keeps {kept.n} of {kept.m}: leave it out"
+            )
+        if self.structured:
+            self._check_structured()
+        elif self.pruner in registry.STRUCTURED:
+            raise LosaError(
+                f"pruner {self.pruner!r} prunes whole heads and channels: set pattern to structured; with pattern {kept} "
+                f"use {' or '.join(sorted(registry.PRUNERS))}"
             )
         for kind in ("pruner", "allocator"):
             cls, options = registry.get(kind, getattr(self, kind)), getattr(self, f"{kind}_options")
@@ -156,6 +169,22 @@ class Recipe:
                 re.compile(pattern)
             except re.error as error:
                 raise LosaError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+
+    def _check_structured(self) -> None:
+        if self.pruner in registry.PRUNERS:
+            raise LosaError(
+                f"pruner {self.pruner!r} prunes single weights; with --pattern structured use "
+                f"{' or '.join(sorted(registry.STRUCTURED))}"
+            )
+        if self.rates_per != "block":
+            raise LosaError("rates_per linear: pattern structured prunes the linears of a block together: set it to block")
+        if self.allocator == "error":
+            raise LosaError("allocator 'error' tries single linears; with --pattern structured use owl, rmi or uniform")
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole heads and channels go."""
+        return self.kept.kind == "structured"
 
     @property
     def kept(self) -> patterns.Pattern:
@@ -223,6 +252,11 @@ def load(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> R
     if "pattern" in overrides and "sparsity" not in overrides:
         said = isinstance(overrides["pattern"], str) and patterns.parse(overrides["pattern"]).sparsity
         settings = {key: value for key, value in settings.items() if key != "sparsity" or not said}
+        structured = overrides["pattern"] == "structured"
+        if "pruner" not in overrides and settings.get("pruner") in (
+            registry.PRUNERS if structured else registry.STRUCTURED
+        ):
+            settings = {key: value for key, value in settings.items() if key not in ("pruner", "pruner_options")}
     return from_settings(settings | overrides)
 
 

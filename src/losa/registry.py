@@ -12,6 +12,10 @@ PRUNERS = {
     "wanda": "losa.pruners.wanda:Wanda",
     "sparsegpt": "losa.pruners.sparsegpt:SparseGPT",
 }
+STRUCTURED = {  # pruners of whole heads and channels
+    "wanda-sp": "losa.pruners.wanda_sp:WandaSP",
+    "flap": "losa.pruners.flap:FLAP",
+}
 ALLOCATORS = {
     "uniform": "losa.allocators.uniform:Uniform",
     "rmi": "losa.allocators.rmi:RMI",
@@ -23,7 +27,7 @@ RECOVERIES = {
     "lora": "losa.recovery.low_rank:LowRankApart",
     "none": "losa.recovery.none:NoRecovery",
 }
-KINDS = {"pruner": PRUNERS, "allocator": ALLOCATORS, "recovery": RECOVERIES}
+KINDS = {"pruner": PRUNERS | STRUCTURED, "allocator": ALLOCATORS, "recovery": RECOVERIES}
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> LosaError:
