@@ -177,7 +177,9 @@ class Recipe:
                 f"{' or '.join(sorted(registry.STRUCTURED))}"
             )
         if self.rates_per != "block":
-            raise LosaError("rates_per linear: pattern structured prunes the linears of a block together: set it to block")
+            raise LosaError(
+                "rates_per linear: pattern structured prunes the linears of a block together: set it to block"
+            )
         if self.allocator == "error":
             raise LosaError("allocator 'error' tries single linears; with --pattern structured use owl, rmi or uniform")
 

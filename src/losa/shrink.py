@@ -141,7 +141,9 @@ def _configurations(old: Any, blocks: list[Block]) -> Iterator[tuple[Any, dict[s
     if "num_key_value_heads" in fields:
         fields["head_dim"] = attention.head_dim  # else it follows from the number of heads
     yield type(old), fields
-    if old.model_type == "llama":  # Llama insists that heads divide the hidden size; Mistral is the same network and does not
+    if (
+        old.model_type == "llama"
+    ):  # Llama insists that heads divide the hidden size; Mistral is the same network and does not
         left_out = ("model_type", "attention_bias", "mlp_bias", "pretraining_tp")
         fields = {key: value for key, value in fields.items() if key not in left_out}
         yield MistralConfig, fields | {"sliding_window": None}
@@ -150,6 +152,10 @@ def _configurations(old: Any, blocks: list[Block]) -> Iterator[tuple[Any, dict[s
 def _numbers(whole: nn.Module) -> dict[str, dict[str, float]]:
     """What each attention module remembers: head size, scale, ..."""
     return {
-        name: {key: v for key, v in vars(module).items() if isinstance(v, int | float) and key != "training"}
+        name: {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, int | float) and key != "training" and not key.startswith("_")
+        }
         for name, module in _attentions(whole).items()
     }
