@@ -27,7 +27,7 @@ def shrink(subject: Subject, bits: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     bits: packed masks [out, in] by linear, each the product of its rows and columns. Returns these as
     `name.rows` (bool [out]) and `name.columns` (bool [in]), True kept; and what loads the model: PLAIN or OURS.
     """
-    kept = {}
+    kept: dict[str, Tensor] = {}
     for block in subject.blocks:
         for name, linear in block.linears.items():
             mask = masks.unpack(bits[name], linear.in_features)

@@ -100,7 +100,8 @@ def _check_alone(parent: str, module: nn.Module, linears: set[str], block: Block
     if module is block.module:
         return
     for name, parameter in module.named_parameters():
-        if name.split(".")[0] not in linears and parameter.numel() != getattr(module, "head_dim", 0):
+        inner, _, of_module = name.partition(".")
+        if inner not in linears and not (of_module and parameter.numel() == getattr(module, "head_dim", 0)):
             raise LosaError(f"{parent}.{name} depends on heads or channels that losa would remove: {SUPPORTED}")
 
 
@@ -112,9 +113,9 @@ def check(blocks: list[Block]) -> None:
 
 def prepare(blocks: list[Block], pruner: StructuredPruner) -> None:
     """Give the readers a bias (zero) if the pruner needs one, before anything is pruned or restored."""
-    for group, block in ((group, block) for block in blocks for group in find(block)):
-        linear = block.masked[group.reader]
-        if pruner.compensates and linear.bias is None:
+    readers = [block.masked[group.reader] for block in blocks for group in find(block)]
+    for linear in readers if pruner.compensates else []:
+        if linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
 
 
@@ -155,7 +156,7 @@ def prune_group(
         assert reader.bias is not None, "prepare comes first"
         gone = (alive & ~keep).repeat_interleave(group.width)  # those pruned before are in the bias already
         mean = pruner.means(statistic, reader.in_features)[gone]
-        reader.bias += (merged[:, gone].to(mean) @ mean).to(reader.bias)
+        reader.bias.add_((merged[:, gone].to(mean) @ mean).to(reader.bias))
     for name, rows in group.rows.items():
         linear = block.masked[name]
         linear.set_mask(linear.mask & keep.repeat_interleave(rows)[:, None].to(linear.weight.device))
