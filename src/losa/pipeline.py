@@ -17,7 +17,7 @@ from losa.progress import Progress
 from losa.pruning import prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings
 from losa.run import Run, check_output
-from losa.shrink import shrink
+from losa.shrink import rehearse, shrink
 
 
 @dataclass
@@ -308,6 +308,7 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     blocks = model.prunable(model.skeleton(config) if isinstance(source, str) else source, recipe)
     if recipe.structured:
         structure.check(blocks)
+        rehearse(config, recipe)
     if recovery.trains:
         model.targeted([name for block in blocks for name in block.linears], recipe)
     limit = model.longest_text(config)

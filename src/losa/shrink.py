@@ -16,6 +16,8 @@ from losa import masks, model
 from losa.errors import LosaError
 from losa.loading import STRUCTURED
 from losa.model import Block, Subject
+from losa.recipe import Recipe
+from losa.structure import find
 
 PLAIN, OURS = "transformers", "transformers, after import losa"
 
@@ -71,11 +73,44 @@ def recount(whole: nn.Module) -> None:
     for module in _attentions(whole).values():
         counts = {
             "num_heads": module.q_proj.out_features // module.head_dim,
+            "num_attention_heads": module.q_proj.out_features // module.head_dim,
             "num_key_value_heads": module.k_proj.out_features // module.head_dim,
         }
         for name, count in counts.items():
             if hasattr(module, name):
                 setattr(module, name, count)
+
+
+def rehearse(config: Any, recipe: Recipe) -> None:
+    """Raise LosaError if a model of this configuration does not run with fewer heads and channels than it says.
+
+    On the meta device, without weights, one unit of each kind taken out of every block.
+    """
+    whole = model.skeleton(config)
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    try:
+        whole(input_ids=tokens, use_cache=False)
+    except Exception:  # it reads values, which are not there: nothing can be said
+        return
+    shapes: dict[str, list[Any]] = {}
+    for block in model.prunable(whole, recipe):
+        for group in find(block):
+            cut = min(1, group.count - 1)
+            for name, rows in group.rows.items():
+                linear = block.linears[name]
+                shapes[name] = [linear.out_features - cut * rows, linear.in_features, linear.bias is not None]
+            linear = block.linears[group.reader]
+            shapes[group.reader] = [
+                linear.out_features,
+                linear.in_features - cut * group.width,
+                linear.bias is not None,
+            ]
+    try:
+        resize(whole, shapes)
+        whole(input_ids=tokens, use_cache=False)
+    except Exception as error:
+        reason = f"{type(whole).__name__} does not run with fewer heads or channels than its configuration says"
+        raise LosaError(f"{reason}: {error}") from error
 
 
 def _attentions(whole: nn.Module) -> dict[str, Any]:
