@@ -67,12 +67,9 @@ def save(
 
 
 def _name_architecture(config: Any, folder: Path) -> None:
-    """A Llama that has become a Mistral (`losa.shrink`) is saved as what loads it, not as what it was loaded with."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if config.model_type == "mistral" and config.architectures != [name]:
-        config.architectures = [name]
+    """A Llama that `losa.shrink` has configured as a Mistral is saved as what it will be loaded as."""
+    if config.model_type == "mistral" and config.architectures == ["LlamaForCausalLM"]:
+        config.architectures = ["MistralForCausalLM"]
         config.save_pretrained(folder)
 
 
