@@ -53,6 +53,8 @@ def after_import(name: str, call: Callable[[], None]) -> None:
 def register() -> None:
     """Tell transformers of the structurally smaller models (`losa.shrink`)."""
     auto: Any = importlib.import_module("transformers.quantizers.auto")
+    if STRUCTURED in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # losa was reloaded
+        return
     mixin: Any = importlib.import_module("transformers.utils.quantization_config").QuantizationConfigMixin
     base: Any = importlib.import_module("transformers.quantizers.base").HfQuantizer
 
