@@ -138,7 +138,7 @@ def test_a_name_near_to_none_gets_them_all() -> None:
         ("device", "gpu"),
         ("dtype", "float64"),
         ("schedule", []),
-        ("pruner", None),
+        ("pruner", 3),
         ("pruner_options", []),
         ("allocator_options", {"delta": "wide"}),
         ("allocator_options", {"delta": -0.1}),

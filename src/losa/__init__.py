@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from losa import loading
 from losa.errors import LosaError
 from losa.recipe import Recipe
 
@@ -13,6 +14,8 @@ __version__ = "0.1.0"
 __all__ = ["LosaError", "Recipe", "Result", "compress", "perplexity"]
 
 _LAZY = {"compress": "losa.pipeline", "Result": "losa.pipeline", "perplexity": "losa.evaluate"}  # they import torch
+
+loading.after_import("transformers.quantizers.auto", loading.register)
 
 
 def __getattr__(name: str) -> Any:

@@ -149,7 +149,8 @@ def _print_result(measurements: dict[str, Any], path: Path | None) -> None:
     for name in ("dense", "sparse"):
         rows.append((name, _number(measurements[name]["perplexity"]), f"{measurements[name].get('sparsity', 0):.1%}"))
     print_table(rows)
-    print(f"saved in {path}")
+    loads = measurements["sparse"].get("loads")
+    print(f"saved in {path}" + (f"; loads in {loads}" if loads else ""))
 
 
 def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:

@@ -23,7 +23,7 @@ def save(
 ) -> Path | None:
     """Write everything into run/export, then move it into place; losa.json, written last, says that it is whole.
 
-    bits: keep-masks by linear, packed. pairs: (A [r, in], B [out, r]) by linear if they do not merge. Raises LosaError
+    bits: keep-masks by linear, packed, or the rows and columns that `shrink` kept. pairs: (A [r, in], B [out, r]) by linear if they do not merge. Raises LosaError
     if the disk refuses.
     """
     if run.output is None:
@@ -35,6 +35,7 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         subject.model.to(subject.stored).save_pretrained(staging)
+        _name_architecture(subject.model.config, staging)
         subject.tokenizer.save_pretrained(staging)
         save_file(
             {name: mask.cpu() for name, mask in bits.items()}, staging / "masks.safetensors", {"losa": str(FORMAT)}
@@ -63,6 +64,13 @@ def save(
             run.drop(name)
     run.log("finished", measurements=measurements)
     return run.output
+
+
+def _name_architecture(config: Any, folder: Path) -> None:
+    """A Llama that `losa.shrink` has configured as a Mistral is saved as what it will be loaded as."""
+    if config.model_type == "mistral" and config.architectures == ["LlamaForCausalLM"]:
+        config.architectures = ["MistralForCausalLM"]
+        config.save_pretrained(folder)
 
 
 def take_pairs(subject: Subject) -> dict[str, tuple[Tensor, Tensor]]:
@@ -108,7 +116,7 @@ def _save_adapter(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], recipe:
 
 
 def load_masks(folder: Path) -> dict[str, Tensor]:
-    """The packed keep-masks that `save` wrote. Raises LosaError if there are none."""
+    """The keep-masks that `save` wrote, packed, or the rows and columns of `shrink`. Raises LosaError if there are none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -15,7 +15,8 @@ from losa.recipe import Recipe, from_settings
 def inspect(folder: Path) -> dict[str, Any]:
     """Zeros of every prunable linear of a saved model, and what losa.json tells of its making, if losa made it.
 
-    Reads one weight at a time. Raises LosaError for a folder without a model, a run that has not finished, or a weight
+    Of a structurally pruned model, the dense model's weights are counted, what is no more as zero. Reads one weight at a
+    time. Raises LosaError for a folder without a model, a run that has not finished, or a weight
     that is not zero where the mask says so.
     """
     if (folder / "run" / "recipe.json").is_file() and not (folder / "losa.json").is_file():
@@ -38,13 +39,19 @@ def inspect(folder: Path) -> dict[str, Any]:
         linears = {}
         for name in block.linears:
             weight = weights[f"{name}.weight"]
-            zeros = int((weight == 0).sum())
-            linears[name.removeprefix(f"{block.name}.")] = {"weights": weight.numel(), "zeros": zeros}
-            if made:
+            found = {"weights": weight.numel(), "zeros": int((weight == 0).sum())}
+            if f"{name}.rows" in bits:  # what was taken out counts as zero
+                rows, columns = bits[f"{name}.rows"], bits[f"{name}.columns"]
+                if weight.shape != (int(rows.sum()), int(columns.sum())):
+                    raise LosaError(f"{name} has not the shape that its masks leave: {str(folder)!r} was changed")
+                gone = len(rows) * len(columns) - weight.numel()
+                found = {"weights": weight.numel() + gone, "zeros": found["zeros"] + gone, "pruned": gone}
+            elif made:
                 mask = masks.unpack(bits[name], weight.shape[1])
                 if bool((weight[~mask] != 0).any()):
                     raise LosaError(f"{name}: weights that its mask prunes are not zero: {str(folder)!r} was changed")
-                linears[name.removeprefix(f"{block.name}.")]["pruned"] = int((~mask).sum())
+                found["pruned"] = int((~mask).sum())
+            linears[name.removeprefix(f"{block.name}.")] = found
         counts = {key: sum(linear[key] for linear in linears.values()) for key in ("weights", "zeros")}
         rank = ranks[block.index] if ranks else None
         described.append({"name": block.name, "rank": rank, **counts, "linears": linears})

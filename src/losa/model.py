@@ -14,6 +14,7 @@ from torch import nn
 
 from losa import data
 from losa.errors import LosaError
+from losa.loading import STRUCTURED
 from losa.recipe import TARGETS, Recipe
 
 if TYPE_CHECKING:
@@ -276,7 +277,13 @@ def skeleton(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _loading(config.name_or_path or config.model_type), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        whole: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored["quant_method"] == STRUCTURED:
+        from losa.shrink import resize
+
+        resize(whole, stored["linears"])
+    return whole
 
 
 def subject_of(model: Any, tokenizer: Any, source: str, recipe: Recipe, stored: torch.dtype | None = None) -> Subject:

@@ -9,7 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losa import calibration, data, evaluate, evidence, export, gradients, masks, model, ranks, registry, sources
+from losa import (
+    calibration,
+    data,
+    evaluate,
+    evidence,
+    export,
+    gradients,
+    masks,
+    model,
+    ranks,
+    registry,
+    sources,
+    structure,
+)
 from losa.allocators.base import Evidence
 from losa.errors import LosaError
 from losa.model import Block, Subject
@@ -18,6 +31,7 @@ from losa.pruners.base import Pruner
 from losa.pruning import prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings
 from losa.run import Run, check_output
+from losa.shrink import rehearse, shrink
 
 
 @dataclass
@@ -104,6 +118,8 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
     recovery = registry.get("recovery", recipe.recovery)()
     dense = remember_dense(subject, recipe, inputs, run)
     subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.trains else 0)
+    if recipe.structured:
+        structure.prepare(subject.blocks, pruner_of(recipe))
     state = restore(subject, run)
 
     for step in range(max(1, state.done), recipe.steps + 1):
@@ -121,14 +137,15 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
 
     if recovery.merges:
         pairs, bits = None, subject.merge()
+        found = counted(bits, subject)
+        if recipe.structured:
+            bits, found["loads"] = shrink(subject, bits)
         perplexity = measure(subject, recipe, inputs)
     else:  # measured as it will be used: the sparse model with its pairs beside it
         perplexity = measure(subject, recipe, inputs)
         pairs, bits = export.take_pairs(subject), subject.merge()
-    measurements = {
-        "dense": {"perplexity": dense.perplexity},
-        "sparse": {"perplexity": perplexity, **counted(bits, subject)},
-    }
+        found = counted(bits, subject)
+    measurements = {"dense": {"perplexity": dense.perplexity}, "sparse": {"perplexity": perplexity, **found}}
     path = export.save(subject, recipe, bits, pairs, measurements, state.history, run)
     return Result(subject.model, subject.tokenizer, recipe, measurements, state.history, path)
 
@@ -181,14 +198,16 @@ def prune(
     subject: Subject, recipe: Recipe, step: int, rates: dict[str, float], inputs: Inputs, dense: Dense, run: Run
 ) -> list[float]:
     """New masks, block by block, each seeing the inputs that the pruned blocks before it make; reconstruction errors."""
-    pruner: Pruner = registry.get("pruner", recipe.pruner)(**recipe.pruner_options)
+    pruner = pruner_of(recipe)
     if pruner.needs_gradients:
         prune_by_gradients(subject, recipe, step, rates, inputs, pruner, run)
     stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
     positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     errors = []
     for block in run.track(subject.blocks, f"step {step}/{recipe.steps}: pruning"):
-        if not pruner.needs_gradients:
+        if recipe.structured:
+            structure.prune_block(block, pruner, rates.get(block.name, 0.0), stream, recipe.true_sequential)
+        elif not pruner.needs_gradients:
             prune_block(block, pruner, recipe.amounts(block, rates), stream, true_sequential=recipe.true_sequential)
         stream.advance(block)
         errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
@@ -204,6 +223,11 @@ def prune_by_gradients(
         # what lies before a block does not see it, so that it can be pruned at once and its gradients forgotten
         amounts = recipe.amounts(block, rates)
         prune_block(block, pruner, amounts, backward.stream, backward.gather(block, pruner))
+
+
+def pruner_of(recipe: Recipe) -> Any:
+    """The pruner, with its options: a Pruner, or a StructuredPruner where the pattern is that."""
+    return registry.get("pruner", recipe.pruner)(**recipe.pruner_options)
 
 
 def set_ranks(subject: Subject, recipe: Recipe, step: int, errors: list[float]) -> list[int]:
@@ -232,11 +256,11 @@ def sparsity_of(block: Block) -> float:
 
 
 def save(subject: Subject, state: State, run: Run) -> None:
-    """The state after pruning: base weights, masks, pairs, ranks."""
+    """The state after pruning: base weights, biases, masks, pairs, ranks."""
     tensors: dict[str, Tensor] = {}
     for block in subject.blocks:
         for name, linear in block.masked.items():
-            tensors |= {f"{name}:{key}": value for key, value in linear.state_dict().items() if key != "bias"}
+            tensors |= {f"{name}:{key}": value for key, value in linear.state_dict().items()}
     run.save("pruned", tensors, {"done": state.done, "history": state.history})
 
 
@@ -297,6 +321,8 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         raise LosaError(
             f"recovery {recipe.recovery!r} does not merge, so that only one step is possible: set steps to 1"
         )
+    if not recovery.merges and recipe.structured:
+        raise LosaError(f"recovery {recipe.recovery!r} does not merge: with --pattern structured use losa or none")
     sources.check_source(recipe.calibration, "calibrate")
     if recovery.trains:
         sources.check_source(recipe.train_data, "train")
@@ -307,6 +333,9 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         check_output(output, overwrite)
     config = model.load_config(source) if isinstance(source, str) else source.config
     blocks = model.prunable(model.skeleton(config) if isinstance(source, str) else source, recipe)
+    if recipe.structured:
+        structure.check(blocks)
+        rehearse(config, recipe)
     if recovery.trains:
         model.targeted([name for block in blocks for name in block.linears], recipe)
     limit = model.longest_text(config)

@@ -9,7 +9,7 @@ from losa.calibration import Stream
 from losa.errors import LosaError
 from losa.model import Block
 from losa.patterns import Amount
-from losa.pruners.base import Pruner, Statistic
+from losa.pruners.base import Pruner, Statistic, StructuredPruner
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def prune_block(
             prune_linear(name, block.masked[name], pruner, amounts[name], seen[name], stream.device)
 
 
-def observe(block: Block, pruner: Pruner, names: list[str], stream: Stream) -> dict[str, Any]:
+def observe(block: Block, pruner: Pruner | StructuredPruner, names: list[str], stream: Stream) -> dict[str, Any]:
     """The pruner's statistic of the inputs of each of `names`; None for those that need none."""
     statistics = {name: pruner.statistic(block.linears[name].in_features, stream.device) for name in names}
     if pruner.needs_inputs and names:

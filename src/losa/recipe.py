@@ -38,12 +38,16 @@ class Recipe:
     pattern: str = setting(
         "unstructured",
         "what is kept: unstructured; N:M, N kept of every M; mixed-N:M, every block its own N, with mean N; structured, "
-        "whole heads and channels",
+        "whole key/value heads and MLP channels: the model gets smaller (with allocator uniform, all blocks alike)",
     )
     undivided: Literal["refuse", "dense"] = setting(
         "refuse", "linears whose input width the M of N:M does not divide: refuse them, or leave them dense"
     )
-    pruner: str = setting("wanda", "which weights go: " + ", ".join(sorted(registry.PRUNERS)))
+    pruner: str = setting(
+        None,
+        f"which weights go: {', '.join(sorted(registry.PRUNERS))}; with pattern structured, which heads and channels: "
+        f"{', '.join(sorted(registry.STRUCTURED))}; default wanda, or wanda-sp",
+    )
     pruner_options: dict[str, Any] = setting(dict, "settings of the pruner, as JSON")
     true_sequential: bool = setting(
         False, "prune a block's linears in the order they run, each seeing those before it pruned, not all at once"
@@ -95,10 +99,12 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _widened(getattr(self, f.name), f.type))
+        _check_type("pattern", self.pattern, str)
         if self.sparsity is None:
-            _check_type("pattern", self.pattern, str)
-            said = patterns.parse(self.pattern).sparsity
+            said = self.kept.sparsity
             object.__setattr__(self, "sparsity", 0.6 if said is None else said)
+        if self.pruner is None:
+            object.__setattr__(self, "pruner", "wanda-sp" if self.structured else "wanda")
         self.validate()
 
     def validate(self) -> None:
@@ -111,6 +117,7 @@ class Recipe:
             raise LosaError(
                 f"sparsity {self.sparsity:g} contradicts pattern {kept}, which keeps {kept.n} of {kept.m}: leave it out"
             )
+        self._check_kind_of_pruner()
         for kind in ("pruner", "allocator"):
             cls, options = registry.get(kind, getattr(self, kind)), getattr(self, f"{kind}_options")
             known = [f.name for f in dataclasses.fields(cls)]
@@ -124,7 +131,7 @@ class Recipe:
                 cls(**options)
             except LosaError as error:
                 raise LosaError(f"{kind}_options: {error}") from None
-        self._validate_pruner()
+        self._check_what_pruner_reads()
         registry.get("recovery", self.recovery)
         positive = "steps calibration_samples sequence_length allocation_samples train_samples train_length batch_size"
         for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip"]:
@@ -158,8 +165,29 @@ class Recipe:
             except re.error as error:
                 raise LosaError(f"{name}: {pattern!r} is no regular expression: {error}") from None
 
-    def _validate_pruner(self) -> None:
-        """Raise LosaError for settings that mean nothing to the pruner."""
+    def _check_kind_of_pruner(self) -> None:
+        """Raise LosaError for a pruner of single weights where whole heads go, and the other way round."""
+        if not self.structured:
+            if self.pruner in registry.STRUCTURED:
+                raise LosaError(
+                    f"pruner {self.pruner!r} prunes whole heads and channels: set pattern to structured; with pattern "
+                    f"{self.kept} use {' or '.join(sorted(registry.PRUNERS))}"
+                )
+            return
+        if self.pruner in registry.PRUNERS:
+            raise LosaError(
+                f"pruner {self.pruner!r} prunes single weights; with --pattern structured use "
+                f"{' or '.join(sorted(registry.STRUCTURED))}"
+            )
+        if self.rates_per != "block":
+            raise LosaError(
+                "rates_per linear: pattern structured prunes the linears of a block together: set it to block"
+            )
+        if self.allocator == "error":
+            raise LosaError("allocator 'error' tries single linears; with --pattern structured use owl, rmi or uniform")
+
+    def _check_what_pruner_reads(self) -> None:
+        """Raise LosaError for settings that mean nothing to a pruner without inputs, or with gradients."""
         pruner, allocator = registry.get("pruner", self.pruner), registry.get("allocator", self.allocator)
         if self.true_sequential and not pruner.needs_inputs:
             raise LosaError(f"true_sequential changes inputs, which pruner {self.pruner!r} does not read: leave it out")
@@ -169,12 +197,13 @@ class Recipe:
                     f"allocator {self.allocator!r} prunes each block for trial on the way forward, where pruner "
                     f"{self.pruner!r} has no gradients yet: use another allocator"
                 )
-            _require(
-                self.sequence_length >= 2,
-                "sequence_length",
-                self.sequence_length,
-                "at least 2: a loss needs a next token",
-            )
+            least = "at least 2: a loss needs a next token"
+            _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, least)
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole heads and channels go."""
+        return self.kept.kind == "structured"
 
     @property
     def kept(self) -> patterns.Pattern:
@@ -242,6 +271,11 @@ def load(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> R
     if "pattern" in overrides and "sparsity" not in overrides:
         said = isinstance(overrides["pattern"], str) and patterns.parse(overrides["pattern"]).sparsity
         settings = {key: value for key, value in settings.items() if key != "sparsity" or not said}
+        structured = overrides["pattern"] == "structured"
+        if "pruner" not in overrides and settings.get("pruner") in (
+            registry.PRUNERS if structured else registry.STRUCTURED
+        ):
+            settings = {key: value for key, value in settings.items() if key not in ("pruner", "pruner_options")}
     return from_settings(settings | overrides)
 
 

@@ -14,6 +14,10 @@ PRUNERS = {
     "pruner-zero": "losa.pruners.pruner_zero:PrunerZero",
     "alps": "losa.pruners.alps:ALPS",
 }
+STRUCTURED = {  # pruners of whole heads and channels
+    "wanda-sp": "losa.pruners.wanda_sp:WandaSP",
+    "flap": "losa.pruners.flap:FLAP",
+}
 ALLOCATORS = {
     "uniform": "losa.allocators.uniform:Uniform",
     "rmi": "losa.allocators.rmi:RMI",
@@ -25,7 +29,7 @@ RECOVERIES = {
     "lora": "losa.recovery.low_rank:LowRankApart",
     "none": "losa.recovery.none:NoRecovery",
 }
-KINDS = {"pruner": PRUNERS, "allocator": ALLOCATORS, "recovery": RECOVERIES}
+KINDS = {"pruner": PRUNERS | STRUCTURED, "allocator": ALLOCATORS, "recovery": RECOVERIES}
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> LosaError:

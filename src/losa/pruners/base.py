@@ -1,4 +1,4 @@
-"""What a pruner is given and must return, and the statistic it may gather from a linear's inputs or gradients."""
+"""What pruners are given and must return, and the statistic they may gather from a linear's inputs or gradients."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -86,3 +86,31 @@ class Pruner(ABC):
         pruned) and contains the new one. Raises LosaError for a weight or input that is not a number, and for N:M where
         M does not divide in.
         """
+
+
+class StructuredPruner(ABC):
+    """Scores whole columns of the linears that read heads (o_proj) and channels (down_proj); `losa.structure` sums them.
+
+    Subclasses are dataclasses whose fields are their options. `compensates`: what the pruned columns put out on the mean
+    goes into the bias.
+    """
+
+    name: str
+    needs_inputs: bool = True
+    needs_gradients: bool = False
+    compensates: bool = False
+
+    @abstractmethod
+    def statistic(self, in_features: int, device: torch.device | str) -> Statistic | None:
+        """An empty statistic for a linear of so many inputs."""
+
+    @abstractmethod
+    def columns(self, weight: Tensor, statistic: Statistic | None, heads: bool) -> Tensor:
+        """The score of each column of `weight` (fp32 [out, in]): [in], a float. heads: it reads attention's heads.
+
+        Raises LosaError for a statistic that is not its own or has seen nothing.
+        """
+
+    def means(self, statistic: Statistic | None, in_features: int) -> Tensor:
+        """The mean of each input [in], if `compensates`."""
+        raise NotImplementedError
