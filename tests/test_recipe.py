@@ -97,7 +97,7 @@ def test_an_unknown_recipe_gets_the_nearest() -> None:
 
 
 def test_a_name_near_to_none_gets_them_all() -> None:
-    with pytest.raises(LosaError, match=", ".join(sorted(registry.PRUNERS))):
+    with pytest.raises(LosaError, match=", ".join(sorted(registry.KINDS["pruner"]))):
         Recipe(pruner="qqq")
 
 
