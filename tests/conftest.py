@@ -39,11 +39,32 @@ MODELS: dict[str, Any] = {
     ),
 }
 
+# Layer types that differ in mask and rotary embedding; fused and parallel projections; experts as 3-D parameters.
+SLIDING = GATED | {"head_dim": 8, "sliding_window": 8}
+EXPERTS = GATED | {"num_experts_per_tok": 2}
+ARCHITECTURES: dict[str, Any] = {
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SLIDING)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **SLIDING, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+        )
+    ),
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**GATED, pad_token_id=0)),
+    "falcon": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**WIDTHS, bias=True)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**WIDTHS, intermediate_size=48)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**EXPERTS, num_local_experts=4)),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **EXPERTS, head_dim=8, num_experts=8, moe_intermediate_size=16, norm_topk_prob=True, mlp_only_layers=[1]
+        )
+    ),
+}
+
 
 def tiny(kind: str = "llama") -> Any:
     """A random model in fp32; norms and biases are random too, so that nothing passes by being one or zero."""
     torch.manual_seed(0)
-    model = MODELS[kind]().eval()
+    model = (MODELS | ARCHITECTURES)[kind]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

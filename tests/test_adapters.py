@@ -294,6 +294,20 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         assert got is not None and torch.equal(got, expected)
 
 
+def test_a_model_may_add_to_the_output_in_place() -> None:
+    """Falcon does, to what its MLP gives; with a bias and three dimensions this is where autograd objects to a view."""
+    layer, x = make(), draw(2, 3, 19)
+    y = layer(x)
+    expected = y.detach() + 1
+    y += 1
+    y.sum().backward()
+    assert torch.equal(y, expected)
+    want = make()
+    (want(x) + 1).sum().backward()
+    assert layer.lora_A is not None and want.lora_A is not None
+    assert torch.equal(layer.lora_A.grad, want.lora_A.grad)
+
+
 def test_lora_kept_apart_says_that_it_does_not_merge() -> None:
     layer, x = make(kind=LowRankLinear), draw(7, 19)
     assert not layer.merges and MaskedLinear.merges

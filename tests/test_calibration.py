@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MODELS, tiny
+from conftest import ARCHITECTURES, MODELS, tiny
 from torch import Tensor
 
-from losa import calibration
+from losa import calibration, experts
 from losa.calibration import Stream
 from losa.model import Block, find_blocks
 
@@ -24,7 +24,9 @@ def whole(model: Any, blocks: list[Block]) -> tuple[dict[str, Tensor], dict[str,
     """What every block puts out and every linear is given, in one pass over all tokens."""
     outputs, inputs = {}, {}
     for block in blocks:
-        block.module.register_forward_hook(lambda _m, _i, out, name=block.name: outputs.__setitem__(name, out))
+        block.module.register_forward_hook(
+            lambda _m, _i, out, name=block.name: outputs.__setitem__(name, out[0] if isinstance(out, tuple) else out)
+        )
         for name, linear in block.linears.items():
             linear.register_forward_pre_hook(lambda _m, i, name=name: inputs.__setitem__(name, i[0]))
     with torch.no_grad():
@@ -42,12 +44,13 @@ class Inputs:
         self.sequences += sequences
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", MODELS | ARCHITECTURES)
 def test_features_and_inputs_equal_those_of_the_whole_model(kind: str) -> None:
     """Attention masks and rotary embeddings that differ by block (sliding windows) are each block's own."""
-    model = tiny(kind)
+    model, copy = tiny(kind), tiny(kind)
+    experts.split(model)
+    experts.split(copy)
     blocks = find_blocks(model)
-    copy = tiny(kind)
     expected, given = whole(copy, find_blocks(copy))
     stream = Stream(model, blocks, TOKENS, torch.device("cpu"))
     for block in blocks:
@@ -56,7 +59,7 @@ def test_features_and_inputs_equal_those_of_the_whole_model(kind: str) -> None:
         for name in block.linears:
             x = given[name].reshape(-1, given[name].shape[-1])
             torch.testing.assert_close(torch.cat(statistics[name].seen), x, rtol=1e-4, atol=1e-5)
-            assert statistics[name].sequences == 7
+            assert statistics[name].sequences == 7 or ".experts." in name
         stream.advance(block)
         torch.testing.assert_close(torch.cat(stream.hiddens), expected[block.name], rtol=1e-4, atol=1e-5)
 

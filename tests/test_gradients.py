@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import GATED, MODELS, tiny, tokenizer
+from conftest import ARCHITECTURES, GATED, MODELS, tiny, tokenizer
 from torch import Tensor
 
 import losa
-from losa import masks, pipeline
+from losa import experts, masks, pipeline
 from losa.adapters import MaskedLinear
 from losa.data import calibration_tokens
 from losa.errors import LosaError
@@ -35,7 +35,7 @@ def changed(recipe: Recipe, **settings: Any) -> Recipe:
 def streamed(model: Any, tokens: Tensor = TOKENS) -> dict[str, Any]:
     """Every linear's statistic."""
     backward = Backward(model, blocks := find_blocks(model), tokens, CPU)
-    return {name: s for block in reversed(blocks) for name, s in backward.gather(block, PrunerZero()).items()}
+    return {name: s for block in reversed(blocks) for name, s in backward.gather(block, PrunerZero())[0].items()}
 
 
 def whole(model: Any, tokens: Tensor = TOKENS) -> dict[str, Tensor]:
@@ -44,7 +44,8 @@ def whole(model: Any, tokens: Tensor = TOKENS) -> dict[str, Tensor]:
     totals = {name: torch.zeros_like(linear.weight) for name, linear in linears.items()}
     for ids in tokens.split(1):
         loss = model(input_ids=ids, labels=ids).loss * (tokens.shape[1] - 1)
-        gradients = torch.autograd.grad(loss, [linear.weight for linear in linears.values()])
+        weights = [linear.weight for linear in linears.values()]
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)  # zero for experts that are not reached
         for name, gradient in zip(linears, gradients, strict=True):
             totals[name] += gradient.square()
     return totals
@@ -53,7 +54,8 @@ def whole(model: Any, tokens: Tensor = TOKENS) -> dict[str, Tensor]:
 def assert_same(got: dict[str, Any], want: dict[str, Tensor], tolerance: float) -> None:
     assert set(got) == set(want)
     for name, statistic in got.items():
-        assert statistic.sequences == 5 and statistic.total.dtype == torch.float32
+        assert statistic.sequences == 5 or ".experts." in name
+        assert statistic.total.dtype == torch.float32
         error = (statistic.total.double() - want[name].double()).norm() / want[name].double().norm()
         assert error < tolerance, f"{name}: {error}"
 
@@ -61,10 +63,12 @@ def assert_same(got: dict[str, Any], want: dict[str, Tensor], tolerance: float) 
 # ------------------------------------------------------------------------------------------------- the gradients
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", MODELS | ARCHITECTURES)
 def test_they_are_those_of_the_whole_model(kind: str) -> None:
-    """In float64; grouped queries, tied embeddings, sliding windows, positions learned or rotary."""
+    """In float64; grouped queries, tied embeddings, sliding windows, positions learned or rotary, experts."""
     model = tiny(kind).double()
+    experts.split(model)
+    model.requires_grad_(True)
     assert_same(streamed(model), whole(model), 1e-6)
 
 
@@ -83,16 +87,16 @@ def test_they_are_near_in_narrower_types(dtype: torch.dtype, tolerance: float) -
     assert_same(streamed(model), whole(copy.deepcopy(model).double()), tolerance)
 
 
-def adapt(model: Any) -> Any:
-    """Half of each linear masked, with a pair of rank 2; returns the same model merged."""
+def adapt(model: Any, rank: int = 2) -> Any:
+    """Half of each linear masked, with a pair; returns the same model merged."""
     generator = torch.Generator().manual_seed(2)
     for block in find_blocks(model.requires_grad_(False)):
         for name, linear in block.linears.items():
             masked = MaskedLinear(linear, 4, 2.0)
             masked.set_mask(torch.rand(linear.weight.shape, generator=generator) < 0.5)
-            masked.set_rank(2, generator)
+            masked.set_rank(rank, generator)
             with torch.no_grad():
-                masked.lora_B[:, :2] = 0.1 * torch.randn(linear.out_features, 2, generator=generator)
+                masked.lora_B[:, :rank] = 0.1 * torch.randn(linear.out_features, rank, generator=generator)
             model.set_submodule(name, masked)
     merged = copy.deepcopy(model)
     for name, module in model.named_modules():
@@ -101,16 +105,18 @@ def adapt(model: Any) -> Any:
     return merged
 
 
-def test_they_are_of_the_merged_weight_masked_entries_too() -> None:
-    model = tiny()
+@pytest.mark.parametrize(("kind", "rank"), [("llama", 2), ("falcon", 2), ("falcon", 0)])
+def test_they_are_of_the_merged_weight_masked_entries_too(kind: str, rank: int) -> None:
+    """Falcon adds to a linear's output in place."""
+    model = tiny(kind)
     blocks = find_blocks(model)
-    merged = adapt(model)
+    merged = adapt(model, rank)
     for block in blocks:
         block.linears = {name: model.get_submodule(name) for name in block.linears}
     backward = Backward(model, blocks, TOKENS, CPU)
     got: dict[str, Any] = {}
     for block in reversed(blocks):
-        got |= backward.gather(block, PrunerZero())
+        got |= backward.gather(block, PrunerZero())[0]
         assert all(p.grad is None for p in model.parameters())
         for linear in block.masked.values():  # what is gathered may be pruned at once
             linear.set_mask(torch.zeros_like(linear.mask))

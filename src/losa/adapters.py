@@ -61,7 +61,10 @@ class _MaskedLowRank(torch.autograd.Function):
         ctx.scaling = scaling
         with torch.autocast(x.device.type, enabled=False):
             effective = effective_weight(weight, bits, a, b, scaling, x.dtype)
-            return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
+            rows = F.linear(x.reshape(-1, x.shape[-1]), effective, None if bias is None else bias.to(x.dtype))
+            # With a bias and more dimensions F.linear gives a view, which a model may not add to in place, as Falcon does.
+            y: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], len(weight)))
+            return y
 
     @staticmethod
     @once_differentiable

@@ -40,6 +40,7 @@ class Stream:
         self.device = device
         self.samples, self.length = tokens.shape
         self.hiddens: list[Tensor] = []
+        self.unpacked = False  # whether the model takes the first of what a block returns; known once one has run
         # a block's keyword arguments (mask, rotary embeddings) differ between blocks and batch sizes, not between batches
         self._arguments: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         home = next(model.parameters()).device
@@ -57,10 +58,11 @@ class Stream:
                 hidden = named.pop("hidden_states") if hidden is None else hidden
                 if block is blocks[0]:
                     self.hiddens.append(hidden)
-                self._arguments.setdefault((block.name, len(hidden)), (rest, named))
+                whole = self.hiddens[-1]  # some models unpack what a block returns, and then hand on a part of `hidden`
+                self._arguments.setdefault((block.name, len(whole)), (rest, named))
                 if block is blocks[-1]:
                     raise _Captured
-                return hidden
+                return whole
 
             return record
 
@@ -70,7 +72,8 @@ class Stream:
         """What `block` makes of one batch, [sequences, length, hidden]; both are on the compute device already."""
         rest, named = _to(self._arguments[block.name, len(hidden)], self.device)
         out = block.module(hidden, *rest, **named)
-        made: Tensor = out[0] if isinstance(out, tuple) else out
+        self.unpacked = isinstance(out, tuple)
+        made: Tensor = out[0] if self.unpacked else out
         return made
 
     def outputs(self, block: Block) -> Generator[Tensor]:
@@ -84,10 +87,12 @@ class Stream:
         for i, out in enumerate(self.outputs(block)):
             self.hiddens[i] = out.to(self.hiddens[i].device)
 
-    def observe(self, block: Block, statistics: dict[str, Any]) -> None:
+    def observe(self, block: Block, statistics: dict[str, Any]) -> list[str]:
         """Run `block` without moving on; every linear's inputs go to its statistic: update(x [tokens, in], sequences).
 
-        Linears that are given the very same tensor (q, k, v) get the same statistic, gathered once.
+        Linears that are given the very same tensor (q, k, v) get the same statistic, gathered once. An expert is given
+        the tokens that reach it, and counts the sequences of those batches that do: a scale, which no mask depends on.
+        Returns the names of experts that no token reached.
         """
         sequences, last = 0, (None, "")  # type: tuple[int, tuple[Tensor | None, str]]
         shares: dict[str, str] = {}
@@ -116,6 +121,7 @@ class Stream:
                 handle.remove()
         for name, owner in shares.items():
             statistics[name] = statistics[owner]
+        return unreached(block, list(statistics), set(shares))
 
     def order(self, block: Block) -> list[list[str]]:
         """The block's linears in the order they run, those together that are given the very same tensor (q, k, v).
@@ -179,6 +185,12 @@ class Stream:
             features -= features.mean(dim=0)
             total += (features @ features.T).double().cpu()
         return total
+
+
+def unreached(block: Block, names: list[str], ran: set[str]) -> list[str]:
+    """Those of `names` that are experts which no token reached: they did not run, but one with another index did."""
+    alike = {_unnumbered(name, block) for name in ran}
+    return [name for name in names if name not in ran and _unnumbered(name, block) in alike]
 
 
 def _unnumbered(name: str, block: Block) -> str:

@@ -75,7 +75,8 @@ def _digests(block: Block, units: list[Unit], allocator: Allocator, stream: Stre
     for unit in units:
         scores = []
         for name in unit.linears:
-            norm = (inputs[name].total / max(1, inputs[name].sequences)).sqrt().float()
+            # the mean over all sequences, also those of which an expert saw nothing
+            norm = (inputs[name].total / stream.samples).sqrt().float()
             weight = block.masked[name].effective_weight(torch.float32).to(stream.device)
             scores.append((weight.abs() * norm).flatten())
         digests.append(allocator.digest(torch.cat(scores)).double().cpu())
@@ -88,7 +89,7 @@ def _errors(
     """Rates tried and the block's error at each, [2, probes] a unit: pruned alone, on the inputs it has now."""
     pruner: Pruner = registry.get("pruner", recipe.pruner)(**recipe.pruner_options)
     positions = sampled_positions(recipe.error_tokens, stream.samples * stream.length, recipe.seed)
-    statistics = observe(block, pruner, list(block.linears), stream)
+    statistics, _ = observe(block, pruner, list(block.linears), stream)
     whole = stream.sample_of(block, positions)
     tables = []
     for unit, floor in units:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from losa.calibration import Stream, replaced, visiting
+from losa.calibration import Stream, replaced, unreached, visiting
 from losa.errors import LosaError
 from losa.model import Block
 from losa.pruners.base import Pruner, Statistic
@@ -41,7 +41,8 @@ class Backward:
     def _of_loss(self, model: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
         """The gradient of one sequence's loss with respect to what the last block makes, `hidden` [1, length, hidden]."""
         hidden, ids = hidden.detach().requires_grad_(), ids.to(next(model.parameters()).device)
-        with torch.enable_grad(), replaced(self.blocks, lambda block: lambda *rest, **named: hidden):
+        made = (hidden,) if self.stream.unpacked else hidden
+        with torch.enable_grad(), replaced(self.blocks, lambda block: lambda *rest, **named: made):
             loss = next_token_loss(model, ids, torch.ones_like(ids), ids)
         if not math.isfinite(loss.item()):
             raise LosaError("the calibration loss is not a number: the weights are damaged or overflow in this dtype")
@@ -60,16 +61,23 @@ class Backward:
         self.stream.hiddens = self._kept[-1][1]
         return self.stream.hiddens
 
-    def gather(self, block: Block, pruner: Pruner) -> dict[str, Statistic]:
-        """The pruner's statistic of each linear of `block`, by name; blocks come once each, from the last to the first."""
+    def gather(self, block: Block, pruner: Pruner) -> tuple[dict[str, Statistic], list[str]]:
+        """The pruner's statistic of each linear of `block`, by name; blocks come once each, from the last to the first.
+
+        And the names of experts that no token reached: theirs is the statistic of gradients that are all zero.
+        """
         device = self.stream.device
         statistics = {name: pruner.gradient_statistic(m.weight.shape, device) for name, m in block.linears.items()}
         calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in block.linears}
+        reached: set[str] = set()
 
-        def hook(name: str) -> Callable[..., None]:
-            def see(_module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        def hook(name: str) -> Callable[..., Tensor]:
+            def see(_module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
                 x = inputs[0].detach()
                 out.register_hook(lambda dy: calls[name].append((x, dy)))
+                return (
+                    out.clone()
+                )  # were `out` a view, a model that adds to it in place, as Falcon does, would lose the hook
 
             return see
 
@@ -84,12 +92,16 @@ class Backward:
                     self._behind[i] = dx.to(hidden.device)
                     for name, seen in calls.items():
                         if seen:
+                            reached.add(name)
                             statistics[name].update(_of_weight(seen), 1)
                             seen.clear()
         finally:
             for handle in hooks:
                 handle.remove()
-        return statistics
+        missed = unreached(block, list(statistics), reached)
+        for name in missed:
+            statistics[name].update(torch.zeros(block.linears[name].weight.shape, device=device), 1)
+        return statistics, missed
 
 
 @torch.no_grad()

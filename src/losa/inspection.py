@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from losa import calibration, masks, model, registry
+from losa import calibration, experts, masks, model, registry
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.recipe import Recipe, from_settings
@@ -32,7 +32,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     whole = model.skeleton(model.load_config(str(folder)))
     blocks = model.prunable(whole, from_settings(made["recipe"])) if made else model.find_blocks(whole)
     bits = load_masks(folder) if made else {}
-    weights = _Weights(folder)
+    weights = _Weights(folder, experts.stored(whole))
     ranks = made["history"][-1]["ranks"] if made else []
     described: list[dict[str, Any]] = []
     for block in blocks:
@@ -64,11 +64,15 @@ def inspect(folder: Path) -> dict[str, Any]:
 
 
 class _Weights:
-    """Tensors by name out of the safetensors files of a folder, each read when asked for."""
+    """Tensors by name out of the safetensors files of a folder, each read when asked for.
 
-    def __init__(self, folder: Path) -> None:
+    places: what is stored otherwise than under its name, as `experts.stored` says.
+    """
+
+    def __init__(self, folder: Path, places: dict[str, list[tuple[str, int | None]]]) -> None:
         from safetensors import safe_open
 
+        self._places = places
         index = folder / "model.safetensors.index.json"
         names = ["model.safetensors"]
         if index.is_file():
@@ -79,10 +83,13 @@ class _Weights:
             self._files |= dict.fromkeys(file.keys(), file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.cat([self._read(key, index) for key, index in self._places.get(name, [(name, None)])])
+
+    def _read(self, name: str, index: int | None) -> torch.Tensor:
         # base models are saved without the head's prefix
         for key in (name, name.partition(".")[2]):
             if key in self._files:
-                tensor: torch.Tensor = self._files[key].get_tensor(key)
+                tensor: torch.Tensor = self._files[key].get_slice(key)[... if index is None else index]
                 return tensor
         raise LosaError(f"the model's files hold no {name}")
 
@@ -114,7 +121,8 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     logits = recipe.sequence_length * vocabulary * (size + 8) if gradients else 0
     calibrating = held * tokens * hidden * size + features + statistics + activations + logits
     rows = recipe.micro_batch_size * recipe.train_length
-    saved = sum(linear.in_features + 2 * linear.out_features for _, linear in linears) * rows * size
+    seen = sum((x.in_features + 2 * x.out_features) * experts.share_of_tokens(skeleton, name) for name, x in linears)
+    saved = round(seen * rows) * size
     training = 3 * 4 * recipe.max_rank * widths + saved + rows * vocabulary * (size + 8) if adapted else 0
     state = weights * size + weights // 8 + 4 * recipe.max_rank * widths
     return {

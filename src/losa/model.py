@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from losa import data
+from losa import data, experts
 from losa.errors import LosaError
 from losa.loading import STRUCTURED
 from losa.recipe import TARGETS, Recipe
@@ -66,12 +66,17 @@ class Subject:
         return int(min(4096, self.longest))
 
     def wrap(self, make: Callable[[nn.Linear, int, float], "MaskedLinear"], recipe: Recipe, max_rank: int) -> None:
-        """Put a masked linear in the place of every prunable one; those the recipe targets can hold ranks up to `max_rank`."""
-        self.model.requires_grad_(False)
+        """Put a masked linear in the place of every prunable one; those the recipe targets can hold ranks up to `max_rank`.
+
+        Experts held as 3-D parameters become linears first; `merge` puts them back.
+        """
         names = [name for block in self.blocks for name in block.linears]
         wanted = targeted(names, recipe) if max_rank else set()
+        self.model.requires_grad_(False)
+        experts.split(self.model)
         for block in self.blocks:
-            for name, linear in block.linears.items():
+            for name in block.linears:
+                linear: Any = self.model.get_submodule(name)
                 block.linears[name] = make(linear, max_rank if name in wanted else 0, recipe.scaling)
                 self.model.set_submodule(name, block.linears[name])
 
@@ -88,6 +93,7 @@ class Subject:
                 self.model.set_submodule(name, block.linears[name])
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(self.stored).to(parameter.dtype)
+        experts.join(self.model)
         return bits
 
 
@@ -95,19 +101,22 @@ def targeted(names: list[str], recipe: Recipe) -> set[str]:
     """Those of the linears that get adapters. Raises LosaError if there are none."""
     wanted = {name for name in names if re.search(TARGETS.get(recipe.targets, recipe.targets), name)}
     if not wanted:
-        raise LosaError(f"targets {recipe.targets!r} match none of the linears, such as {names[0]}")
+        kinds = sorted({re.sub(r".*\.\d+\.", "", name) for name in names})
+        raise LosaError(f"targets {recipe.targets!r} match none of the linears: {', '.join(kinds)}")
     return wanted
 
 
 def find_blocks(model: nn.Module, ignore: list[str] | None = None) -> list[Block]:
     """The decoder blocks: the list of modules with linears that holds most of the model. Raises LosaError if there is none.
 
-    Every nn.Linear of a block whose full name no pattern of `ignore` matches is prunable.
+    Every nn.Linear of a block whose full name no pattern of `ignore` matches is prunable, but for routers. Experts held
+    as 3-D parameters are listed as the linears that `experts.split` will make of them. Raises LosaError for weights in
+    any other form.
     """
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(_linears(child) for child in module)
+        if isinstance(module, nn.ModuleList) and len(module) and all(_has_linears(child) for child in module)
     ]
     if not lists:
         what = "decoder blocks" if any(isinstance(m, nn.Linear) for m in model.modules()) else "Linear layers"
@@ -117,6 +126,7 @@ def find_blocks(model: nn.Module, ignore: list[str] | None = None) -> list[Block
     for index, module in enumerate(stack):
         prefix = f"{name}.{index}"
         linears = {f"{prefix}.{n}": linear for n, linear in _linears(module).items()}
+        _refuse_others(prefix, module, linears, ignore or [])
         kept = {n: linear for n, linear in linears.items() if not any(re.search(p, n) for p in ignore or [])}
         blocks.append(Block(index, prefix, module, kept))
     if not any(block.linears for block in blocks):
@@ -142,8 +152,57 @@ def prunable(model: nn.Module, recipe: Recipe) -> list[Block]:
     return blocks
 
 
-def _linears(module: nn.Module) -> dict[str, nn.Linear]:
-    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+def _has_linears(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a block, each expert's among them, without the routers."""
+    found: dict[str, nn.Linear] = {}
+    for name, child in block.named_modules():
+        if isinstance(child, nn.Linear):
+            found[name] = child
+        elif experts.held_by(child):
+            found |= {f"{name}.{inner}": linear for inner, linear in _linears(experts.Experts(child)).items()}
+    routers = _routers(block)
+    return {name: linear for name, linear in found.items() if linear not in routers}
+
+
+def _routers(block: nn.Module) -> set[nn.Module]:
+    """The linears that choose among experts or weigh them: beside experts, as many outputs as there are, or one.
+
+    They stay dense: they are tiny, and a wrong choice costs a whole expert. Most models hold theirs as a plain parameter.
+    """
+    routers: set[nn.Module] = set()
+    for parent in block.modules():
+        beside = list(parent.children())
+        counts = [len(child) for child in beside if isinstance(child, nn.ModuleList)]
+        counts += [len(child.get_parameter("down_proj")) for child in beside if experts.held_by(child)]
+        for child in beside if counts else []:
+            linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
+            if len(linears) == 1 and linears[0].out_features in (1, *counts):
+                routers.add(linears[0])
+    return routers
+
+
+def _refuse_others(prefix: str, block: nn.Module, linears: dict[str, nn.Linear], ignore: list[str]) -> None:
+    """Raise LosaError naming weights of `block` that no pruner can handle: else a large part of it would stay dense, unsaid.
+
+    They have three dimensions (of more than 1), or two and the size of a linear; a router's have not.
+    """
+    largest = max((linear.weight.numel() for linear in linears.values()), default=0)
+    for owner, module in block.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) or experts.held_by(module):
+            continue
+        for name, parameter in module.named_parameters(owner, recurse=False):
+            sizes = sum(size > 1 for size in parameter.shape)
+            if sizes < 2 or (sizes == 2 and parameter.numel() < largest):
+                continue
+            if not any(re.search(pattern, f"{prefix}.{name}") for pattern in ignore):
+                raise LosaError(
+                    f"{prefix}.{name} {list(parameter.shape)} is neither an nn.Linear nor experts that losa knows: it "
+                    "cannot be pruned; --ignore with its name leaves it dense"
+                )
 
 
 def choose_device(name: str) -> torch.device:

@@ -126,9 +126,10 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         began = time.monotonic()
         if step > state.done:
             rates = allocate(subject, recipe, step, inputs, dense, state, run)
-            errors = prune(subject, recipe, step, rates, inputs, dense, run)
+            errors, unreached = prune(subject, recipe, step, rates, inputs, dense, run)
             chosen = set_ranks(subject, recipe, step, errors) if recovery.trains else []
-            state.history.append({"step": step, "rates": rates, "errors": errors, "ranks": chosen})
+            record = {"step": step, "rates": rates, "errors": errors, "ranks": chosen, "unreached": unreached}
+            state.history.append(record)
             state.done = step
             save(subject, state, run)
         rows = recipe.rows_of(step)
@@ -196,11 +197,15 @@ def allocate(
 
 def prune(
     subject: Subject, recipe: Recipe, step: int, rates: dict[str, float], inputs: Inputs, dense: Dense, run: Run
-) -> list[float]:
-    """New masks, block by block, each seeing the inputs that the pruned blocks before it make; reconstruction errors."""
+) -> tuple[list[float], list[str]]:
+    """New masks, block by block, each seeing the inputs that the pruned blocks before it make.
+
+    Returns the blocks' reconstruction errors, and the experts that no calibration token reached.
+    """
     pruner = pruner_of(recipe)
+    unreached: list[str] = []
     if pruner.needs_gradients:
-        prune_by_gradients(subject, recipe, step, rates, inputs, pruner, run)
+        unreached = prune_by_gradients(subject, recipe, step, rates, inputs, pruner, run)
     stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
     positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     errors = []
@@ -208,21 +213,38 @@ def prune(
         if recipe.structured:
             structure.prune_block(block, pruner, rates.get(block.name, 0.0), stream, recipe.true_sequential)
         elif not pruner.needs_gradients:
-            prune_block(block, pruner, recipe.amounts(block, rates), stream, true_sequential=recipe.true_sequential)
+            amounts = recipe.amounts(block, rates)
+            missed = prune_block(block, pruner, amounts, stream, true_sequential=recipe.true_sequential)
+            unreached += experts_of(missed, run)
         stream.advance(block)
         errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
-    return errors
+    return errors, unreached
 
 
 def prune_by_gradients(
     subject: Subject, recipe: Recipe, step: int, rates: dict[str, float], inputs: Inputs, pruner: Pruner, run: Run
-) -> None:
-    """New masks from the last block to the first, by gradients of the model as it stood before any of them."""
+) -> list[str]:
+    """New masks from the last block to the first, by gradients of the model as it stood before any of them.
+
+    Returns the experts that no calibration token reached.
+    """
     backward = gradients.Backward(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
+    unreached: list[str] = []
     for block in run.track(subject.blocks[::-1], f"step {step}/{recipe.steps}: gradients"):
         # what lies before a block does not see it, so that it can be pruned at once and its gradients forgotten
-        amounts = recipe.amounts(block, rates)
-        prune_block(block, pruner, amounts, backward.stream, backward.gather(block, pruner))
+        statistics, missed = backward.gather(block, pruner)
+        prune_block(block, pruner, recipe.amounts(block, rates), backward.stream, statistics)
+        del statistics  # before the next block's are made
+        unreached += experts_of(missed, run)
+    return unreached
+
+
+def experts_of(missed: list[str], run: Run) -> list[str]:
+    """The experts whose linears no token reached, said."""
+    names = sorted({name.rpartition(".")[0] for name in missed})
+    if names:
+        run.say(f"no calibration token reached {', '.join(names)}: pruned by the weights alone")
+    return names
 
 
 def pruner_of(recipe: Recipe) -> Any:
@@ -332,12 +354,18 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     if output and not resume:
         check_output(output, overwrite)
     config = model.load_config(source) if isinstance(source, str) else source.config
-    blocks = model.prunable(model.skeleton(config) if isinstance(source, str) else source, recipe)
+    whole = model.skeleton(config) if isinstance(source, str) else source
+    blocks = model.prunable(whole, recipe)
     if recipe.structured:
         structure.check(blocks)
         rehearse(config, recipe)
-    if recovery.trains:
-        model.targeted([name for block in blocks for name in block.linears], recipe)
+    names = [name for block in blocks for name in block.linears]
+    wanted = model.targeted(names, recipe) if recovery.trains else set()
+    if not recovery.merges and (inside := sorted(wanted - {name for name, _ in whole.named_modules()})):
+        raise LosaError(
+            f"recovery {recipe.recovery!r} keeps its pairs beside the linears, and {inside[0]} is none in the saved "
+            "model, which holds all experts as one: choose targets without experts, or losa"
+        )
     limit = model.longest_text(config)
     for name in ("sequence_length", "train_length"):
         if getattr(recipe, name) > limit:

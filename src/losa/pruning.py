@@ -20,25 +20,40 @@ def prune_block(
     stream: Stream,
     statistics: dict[str, Any] | None = None,
     true_sequential: bool = False,
-) -> None:
+) -> list[str]:
     """Prune every linear of `block` to its amount. `statistics`: if they were gathered elsewhere, as gradients are.
 
     The linears of a block see its inputs as they are before the block is pruned; true_sequential: each sees those
-    before it pruned, at the cost of one pass over the block for each group that runs at once.
+    before it pruned, at the cost of one pass over the block for each group that runs at once. Returns the names of the
+    experts' linears that no token reached.
     """
     groups = stream.order(block) if true_sequential and pruner.needs_inputs else [list(block.linears)]
+    unreached: list[str] = []
     for names in groups:
-        seen = statistics or observe(block, pruner, names, stream)
+        seen, missed = (statistics, []) if statistics else observe(block, pruner, names, stream)
+        unreached += missed
         for name in names:
             prune_linear(name, block.masked[name], pruner, amounts[name], seen[name], stream.device)
+    return unreached
 
 
-def observe(block: Block, pruner: Pruner | StructuredPruner, names: list[str], stream: Stream) -> dict[str, Any]:
-    """The pruner's statistic of the inputs of each of `names`; None for those that need none."""
-    statistics = {name: pruner.statistic(block.linears[name].in_features, stream.device) for name in names}
-    if pruner.needs_inputs and names:
-        stream.observe(block, statistics)
-    return statistics
+def observe(
+    block: Block, pruner: Pruner | StructuredPruner, names: list[str], stream: Stream
+) -> tuple[dict[str, Any], list[str]]:
+    """The pruner's statistic of the inputs of each of `names` (None if it needs none), and which of them no token reached.
+
+    These are experts. Theirs is the statistic of inputs that are all alike, on which a pruner goes by the weights alone.
+    """
+    statistics: dict[str, Any] = {
+        name: pruner.statistic(block.linears[name].in_features, stream.device) for name in names
+    }
+    unreached = stream.observe(block, statistics) if pruner.needs_inputs and names else []
+    for name in unreached:
+        width = block.linears[name].in_features
+        for start in range(0, width, 256):  # the rows of the identity, a few at a time
+            rows = torch.eye(min(256, width - start), width, device=stream.device).roll(start, dims=1)
+            statistics[name].update(rows, sequences=1)
+    return statistics, unreached
 
 
 @torch.no_grad()

@@ -245,8 +245,8 @@ class Recipe:
 
 TARGETS = {
     "all": r".*",
-    "qv": r".*\b(q_proj|v_proj)$",
-    "qkvo": r".*\b(q_proj|k_proj|v_proj|o_proj|out_proj)$",
+    "qv": r".*\b(q_proj|v_proj)$",  # where q, k and v are one linear, nothing
+    "qkvo": r"\b(q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|query_key_value)$|attention\.dense$",
 }
 
 

@@ -129,7 +129,7 @@ def prune_block(
     """
     groups = find(block)
     for together in [[group] for group in groups] if true_sequential else [groups]:
-        seen = observe(block, pruner, [group.reader for group in together], stream)
+        seen, _ = observe(block, pruner, [group.reader for group in together], stream)
         for group in together:
             try:
                 prune_group(block, group, pruner, rate, seen[group.reader], stream.device)
