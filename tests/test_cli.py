@@ -279,3 +279,31 @@ def test_the_demo_recovers_what_pruning_lost(tmp_path: Path, capsys: pytest.Capt
     assert recovered < pruned - 0.2 * (pruned - dense)
     model = resources.files("losa").joinpath("demo", "model", "model.safetensors")
     assert Path(str(model)).stat().st_size <= 12_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "demo", "--output", "x", "--steps", "abc"], "--steps: invalid int value: 'abc'"),
+        (["compress", "demo", "--output", "x", "--pruner-options", "x"], "--pruner-options: 'x' is not JSON"),
+        (["compres", "demo"], "invalid choice: 'compres'"),
+        ([], "COMMAND"),
+        (["evaluate", "demo", "--data", "demo:test", "--tokens", "1"], "at least 2"),
+        (["compress", "demo", "--output", "x", "--eval-tokens", "1"], "eval_tokens is 1: must be at least 2"),
+        (["inspect", "nowhere"], "'nowhere' is no folder"),
+        (["compress", "demo", "--output", "x", "--pruner-options", '{"foo": 1}'], "'foo': known: none"),
+    ],
+)
+def test_every_mistake_gets_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("losa: ") and said.count("\n") == 1 and message in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_built_in_model_can_be_inspected(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["zeros"] < 100

@@ -161,6 +161,8 @@ def test_what_is_no_finite_number_is_refused(name: str, value: object) -> None:
 @pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if f.type is int])
 @pytest.mark.parametrize("value", [True, 64.0, "64", None, math.nan])
 def test_what_is_no_int_is_refused(name: str, value: object) -> None:
+    if (name, value) == ("micro_batch_size", None):
+        pytest.skip("its default")
     with pytest.raises(LosaError, match=rf"^{name}: expected int"):
         from_settings({name: value})
 
@@ -214,6 +216,13 @@ def test_every_row_is_used_exactly_once(steps: int, extra: int, share: float) ->
     made = Recipe(steps=steps, train_samples=steps + extra, last_step_share=share)
     rows = [row for step in range(1, steps + 1) for row in made.rows_of(step)]
     assert rows == list(range(steps + extra))
+    if 0 < share < 1:
+        assert all(len(made.rows_of(step)) > 0 for step in range(1, steps + 1))
+
+
+@pytest.mark.parametrize(("batch", "micro"), [(8, 4), (6, 3), (2, 2), (7, 1)])
+def test_rows_at_once_fit_the_batch(batch: int, micro: int) -> None:
+    assert Recipe(batch_size=batch).micro_batch_size == micro
 
 
 # ------------------------------------------------------------------------------------------------- the paper's

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from losa import recipe, registry
 from losa.errors import LosaError
@@ -14,8 +14,8 @@ from losa.errors import LosaError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it worked, 2 for what the user can mend, 130 if interrupted."""
-    parser = build_parser()
     try:
+        parser = build_parser()
         args, unknown = parser.parse_known_args(arguments)
         if unknown:
             flags = [flag for action in args.parser._actions for flag in action.option_strings]
@@ -34,8 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are those of losa: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LosaError(f"{message} ({self.prog} --help tells more)")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="losa", description="Make large language models sparse, and good again.")
+    parser = Parser(prog="losa", description="Make large language models sparse, and good again.")
     from losa import __version__
 
     parser.add_argument("--version", action="version", version=f"losa {__version__}")
@@ -168,8 +175,8 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     settings = recipe.load(None, {"device": args.device, "dtype": args.dtype})
-    if args.tokens < 0 or args.window < 0 or args.window == 1:
-        raise LosaError("--tokens and --window are counts of tokens: 0 takes the default, a window has at least 2")
+    if min(args.tokens, args.window) < 0 or 1 in (args.tokens, args.window):
+        raise LosaError("--tokens and --window are counts of tokens: at least 2, or 0 for the default")
     _quiet_libraries()
     from losa import data, evaluate, model, sources
 
@@ -205,9 +212,9 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         rows = [("block", "linear", "weights", "sparsity", "rank")]
         for block in found["blocks"]:
             rank = "" if block["rank"] is None else str(block["rank"])
-            rows.append((block["name"], "", f"{block['weights']:,}", f"{block['zeros'] / block['weights']:.2%}", rank))
+            rows.append((block["name"], "", f"{block['weights']:,}", _share(block["zeros"], block["weights"]), rank))
             for name, linear in block["linears"].items():
-                rows.append(("", name, f"{linear['weights']:,}", f"{linear['zeros'] / linear['weights']:.2%}", ""))
+                rows.append(("", name, f"{linear['weights']:,}", _share(linear["zeros"], linear["weights"]), ""))
         print_table([*rows, ("all", "", f"{found['weights']:,}", f"{found['sparsity']:.2%}", "")])
     return found
 
@@ -232,10 +239,17 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
 
 def _quiet_libraries() -> None:
     """Their bars and advice about loading are not ours to show."""
+    import logging as standard
+
     from transformers.utils import logging
 
+    standard.getLogger("huggingface_hub").setLevel(standard.ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else "-"
 
 
 def _number(value: float | None) -> str:

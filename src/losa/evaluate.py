@@ -17,8 +17,10 @@ def perplexity(model: Any, tokens: Tensor, window: int) -> float:
     """Perplexity over whole, non-overlapping windows of `tokens` (int64 [tokens]), as published for WikiText-2.
 
     Each window starts without context; what does not fill one is left out, unless there is no more than that. Losses
-    in fp32, their sum in float64. Raises LosaError if the model's output is not a number.
+    in fp32, their sum in float64. Raises LosaError below 2 tokens, and if the model's output is not a number.
     """
+    if len(tokens) < 2:
+        raise LosaError(f"perplexity needs 2 tokens of text at least, not {len(tokens)}")
     window = min(window, len(tokens))
     device = next(model.parameters()).device
     windows = tokens[: len(tokens) // window * window].view(-1, window)

@@ -34,7 +34,7 @@ def save(
     with writing(run.output):
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        subject.model.to(subject.stored).save_pretrained(staging)
+        subject.model.save_pretrained(staging)
         _name_architecture(subject.model.config, staging)
         subject.tokenizer.save_pretrained(staging)
         save_file(
@@ -51,6 +51,7 @@ def save(
             "history": history,
         }
         write_json(staging / "losa.json", summary)
+        run.claim([path.name for path in staging.iterdir()])
         for path in sorted(staging.iterdir(), key=lambda p: p.name == "losa.json"):
             for file in path.iterdir() if path.is_dir() else [path]:
                 file.chmod(0o666 & ~run.umask)  # safetensors makes files that only their owner reads
@@ -60,8 +61,7 @@ def save(
             path.replace(run.output / path.name)
         sync(run.output)
         staging.rmdir()
-        for name in ("dense", "pruned", "recovery"):  # a finished run needs them no more
-            run.drop(name)
+        run.drop_states()
     run.log("finished", measurements=measurements)
     return run.output
 

@@ -10,6 +10,7 @@ from losa import calibration, experts, masks, model, registry
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.recipe import Recipe, from_settings
+from losa.run import FORMAT
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -19,6 +20,10 @@ def inspect(folder: Path) -> dict[str, Any]:
     time. Raises LosaError for a folder without a model, a run that has not finished, or a weight
     that is not zero where the mask says so.
     """
+    if str(folder) == "demo" and not folder.exists():
+        folder = Path(model.locate("demo"))
+    if not folder.is_dir():
+        raise LosaError(f"{str(folder)!r} is no folder: inspect looks into a saved model's")
     if (folder / "run" / "recipe.json").is_file() and not (folder / "losa.json").is_file():
         raise LosaError(
             f"{str(folder)!r} is a run that has not finished: losa compress MODEL --output {folder} --resume goes on"
@@ -27,11 +32,13 @@ def inspect(folder: Path) -> dict[str, Any]:
     if (folder / "losa.json").is_file():
         try:
             made = json.loads((folder / "losa.json").read_text())
-        except ValueError as error:
+            if made["format"] != FORMAT:
+                raise LosaError(f"{folder / 'losa.json'} is of format {made['format']}, this losa reads {FORMAT}")
+        except (ValueError, KeyError, TypeError) as error:
             raise LosaError(f"{folder / 'losa.json'} is damaged: {error}") from None
     whole = model.skeleton(model.load_config(str(folder)))
-    blocks = model.prunable(whole, from_settings(made["recipe"])) if made else model.find_blocks(whole)
-    bits = load_masks(folder) if made else {}
+    blocks = model.prunable(whole, from_settings(made["recipe"])) if made is not None else model.find_blocks(whole)
+    bits = load_masks(folder) if made is not None else {}
     weights = _Weights(folder, experts.stored(whole))
     ranks = made["history"][-1]["ranks"] if made else []
     described: list[dict[str, Any]] = []
@@ -46,7 +53,7 @@ def inspect(folder: Path) -> dict[str, Any]:
                     raise LosaError(f"{name} has not the shape that its masks leave: {str(folder)!r} was changed")
                 gone = len(rows) * len(columns) - weight.numel()
                 found = {"weights": weight.numel() + gone, "zeros": found["zeros"] + gone, "pruned": gone}
-            elif made:
+            elif made is not None:
                 mask = masks.unpack(bits[name], weight.shape[1])
                 if bool((weight[~mask] != 0).any()):
                     raise LosaError(f"{name}: weights that its mask prunes are not zero: {str(folder)!r} was changed")

@@ -96,6 +96,11 @@ class Subject:
         experts.join(self.model)
         return bits
 
+    def narrow(self) -> None:
+        """Hold the weights in the type they are saved in. Buffers (rotary frequencies) stay, as when a model is loaded."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(self.stored)
+
 
 def targeted(names: list[str], recipe: Recipe) -> set[str]:
     """Those of the linears that get adapters. Raises LosaError if there are none."""
@@ -282,6 +287,18 @@ def load_config(source: str) -> Any:
         return AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
 
 
+def config_of(loaded: Any, recipe: Recipe) -> Any:
+    """The configuration of a loaded model. Raises LosaError for what is no causal language model, or of another type."""
+    head = getattr(loaded, "get_output_embeddings", None)
+    if not isinstance(loaded, nn.Module) or head is None or head() is None or not hasattr(loaded, "config"):
+        raise LosaError(f"{type(loaded).__name__} is no causal language model of transformers: it is not supported")
+    if recipe.dtype not in ("auto", str(loaded.dtype).removeprefix("torch.")):
+        raise LosaError(
+            f"dtype {recipe.dtype}: a loaded model is computed in its own type ({loaded.dtype}): convert it first"
+        )
+    return loaded.config
+
+
 def longest_text(config: Any) -> float:
     """The most tokens a model reads at once; infinite if its positions have no end."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -328,7 +345,8 @@ def _loading(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LosaError(f"cannot load the model {source!r}: {reason}") from error
+        note = "" if Path(source).expanduser().exists() or source == "demo" else " (and no folder has that name)"
+        raise LosaError(f"cannot load the model {source!r}{note}: {reason}") from error
 
 
 def skeleton(config: Any) -> Any:

@@ -1,6 +1,8 @@
 """The whole algorithm: for each step, rates -> masks -> errors -> ranks -> recovery; then merge and save (paper, section 2.4)."""
 
+import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +31,7 @@ from losa.model import Block, Subject
 from losa.progress import Progress
 from losa.pruners.base import Pruner
 from losa.pruning import prune_block, reconstruction_error, sampled_positions
-from losa.recipe import Recipe, from_settings
+from losa.recipe import Recipe, from_settings, load
 from losa.run import Run, check_output
 from losa.shrink import rehearse, shrink
 
@@ -74,7 +76,7 @@ class State:
 
 def compress(
     source: Any,
-    recipe: Recipe | dict[str, Any],
+    recipe: Recipe | dict[str, Any] | str,
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
@@ -85,25 +87,31 @@ def compress(
     """Prune `source`, win its quality back, merge, save.
 
     source: a local folder, a name on the hub, `demo`, or a loaded causal language model, which is changed in place and
-    needs its `tokenizer`. recipe: a Recipe, or a dict of settings that differ from its defaults. output: a new folder
+    needs its `tokenizer`. recipe: a Recipe, a dict of settings that differ from its defaults, or the name of one. output: a new folder
     that becomes an ordinary Hugging Face model with losa.json and masks.safetensors beside it, and holds the run in
     run/; None saves nothing. resume: go on with the run in `output`.
     Raises LosaError for bad input, before the model loads where it can be known by then.
     """
     output = Path(output) if output is not None else None
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
     name = source if isinstance(source, str) else type(source).__name__
-    recipe = recipe if isinstance(recipe, Recipe) else from_settings(recipe)
+    if not isinstance(recipe, Recipe):
+        recipe = load(recipe) if isinstance(recipe, str) else from_settings(recipe)
     config = check(source, recipe, output, overwrite, resume)
+    if output is None and not registry.get("recovery", recipe.recovery).merges:
+        raise LosaError(f"recovery {recipe.recovery!r} does not merge: name an output for the pairs it trains")
     if tokenizer is None:
         if not isinstance(source, str):
             raise LosaError(f"a loaded model ({name}) needs its tokenizer: pass tokenizer=")
         tokenizer = model.load_tokenizer(source, config)
+    else:
+        data.check_tokenizer(tokenizer, config.get_text_config().vocab_size)
     run = Run(output, progress or Progress(quiet=True))
     try:
         if resume:
             run.resume(recipe, name)
             if run.finished:
-                return finished(run.output, recipe, tokenizer)
+                return finished(run, recipe, tokenizer)
         inputs = read(recipe, tokenizer)
         loaded = model.load(source, recipe) if isinstance(source, str) else source
         subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
@@ -146,6 +154,7 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         perplexity = measure(subject, recipe, inputs)
         pairs, bits = export.take_pairs(subject), subject.merge()
         found = counted(bits, subject)
+    subject.narrow()
     measurements = {"dense": {"perplexity": dense.perplexity}, "sparse": {"perplexity": perplexity, **found}}
     path = export.save(subject, recipe, bits, pairs, measurements, state.history, run)
     return Result(subject.model, subject.tokenizer, recipe, measurements, state.history, path)
@@ -156,7 +165,10 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
 
 def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Dense:
     """One pass over the dense model: perplexity, features at a seeded sample of tokens, Gram matrices for the first step."""
+    seen = fingerprint(subject, inputs)
     if saved := run.load("dense"):
+        if saved.meta["seen"] != seen:
+            raise LosaError("the model or the data is not what the run was started with: start a new run")
         return Dense(saved.tensors["features"], saved.tensors["grams"], saved.meta["perplexity"])
     perplexity = measure(subject, recipe, inputs)
     stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
@@ -168,7 +180,7 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
         features.append(stream.sample(positions).cpu())
         grams.append(stream.gram(allocation_samples(recipe)) if needs_grams else torch.empty(0, 0))
     dense = Dense(torch.stack(features), torch.stack(grams), perplexity)
-    run.save("dense", {"features": dense.features, "grams": dense.grams}, {"perplexity": perplexity})
+    run.save("dense", {"features": dense.features, "grams": dense.grams}, {"perplexity": perplexity, "seen": seen})
     run.log("dense", perplexity=perplexity)
     return dense
 
@@ -186,7 +198,7 @@ def allocate(
     rates = [target] * len(units)
     if pattern.allocates:
         if allocator.needs == "grams" and step == 1:  # they were gathered on the way through the dense model
-            seen = list(dense.grams)
+            seen = [dense.grams[unit.block.index] for unit in units]
         else:
             tokens = inputs.calibration[: allocation_samples(recipe)]
             seen = evidence.gather(subject, recipe, allocator, step, units, floors, tokens, run)
@@ -253,15 +265,20 @@ def pruner_of(recipe: Recipe) -> Any:
 
 
 def set_ranks(subject: Subject, recipe: Recipe, step: int, errors: list[float]) -> list[int]:
-    """Rank of every block from its error (equation 7), its sparsity, or all alike; the outputs do not move."""
+    """Rank of every block from its error (equation 7), its sparsity, or all alike; the outputs do not move.
+
+    The mean is that of the blocks with adapters; others have rank 0.
+    """
+    adapted = [block for block in subject.blocks if any(linear.max_rank for linear in block.masked.values())]
     weights = {
-        "error": errors,
-        "sparsity": [sparsity_of(block) for block in subject.blocks],
-        "uniform": [1.0] * len(subject.blocks),
+        "error": [errors[block.index] for block in adapted],
+        "sparsity": [sparsity_of(block) for block in adapted],
+        "uniform": [1.0] * len(adapted),
     }[recipe.rank_by]
-    chosen = ranks.apportion(weights, recipe.mean_rank_at(step), recipe.max_rank)
     generator = torch.Generator().manual_seed(recipe.seed * 1000 + step)
-    for block, rank in zip(subject.blocks, chosen, strict=True):
+    chosen = [0] * len(subject.blocks)
+    for block, rank in zip(adapted, ranks.apportion(weights, recipe.mean_rank_at(step), recipe.max_rank), strict=True):
+        chosen[block.index] = rank
         for linear in block.masked.values():
             if linear.max_rank:
                 linear.set_rank(rank, generator)
@@ -298,6 +315,18 @@ def restore(subject: Subject, run: Run) -> State:
     return State(saved.meta["done"], saved.meta["history"])
 
 
+def fingerprint(subject: Subject, inputs: Inputs) -> str:
+    """Of all tokens and of some of every weight, so that a run is not resumed with others."""
+    found = hashlib.sha256()
+    tokens = [inputs.calibration, *(part for example in inputs.examples for part in example)]
+    for tensor in [*tokens, *([] if inputs.evaluation is None else [inputs.evaluation])]:
+        found.update(f"{list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    for name, weight in subject.model.named_parameters():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)].float().cpu()
+        found.update(f"{name} {list(weight.shape)}".encode() + some.numpy().tobytes())
+    return found.hexdigest()
+
+
 def measure(subject: Subject, recipe: Recipe, inputs: Inputs) -> float | None:
     """Perplexity on the evaluation text, None without one."""
     if inputs.evaluation is None:
@@ -326,9 +355,11 @@ def tell(run: Run, record: dict[str, Any], recipe: Recipe, seconds: float) -> No
     run.say(f"{line}, {seconds:.0f} s")
 
 
-def finished(output: Path | None, recipe: Recipe, tokenizer: Any) -> Result:
-    """The result of a run that has nothing left to do."""
+def finished(run: Run, recipe: Recipe, tokenizer: Any) -> Result:
+    """The result of a run that has nothing left to do, but to clear away its states if it was killed just then."""
+    output = run.output
     assert output is not None
+    run.drop_states()
     made = json.loads((output / "losa.json").read_text())
     return Result(model.load(str(output), recipe), tokenizer, recipe, made["measurements"], made["history"], output)
 
@@ -353,7 +384,9 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     model.choose_device(recipe.device)
     if output and not resume:
         check_output(output, overwrite)
-    config = model.load_config(source) if isinstance(source, str) else source.config
+    config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
+    if output and isinstance(source, str) and output.resolve() == Path(source).expanduser().resolve():
+        raise LosaError(f"output {str(output)!r} is the model itself: name another folder")
     whole = model.skeleton(config) if isinstance(source, str) else source
     blocks = model.prunable(whole, recipe)
     if recipe.structured:
@@ -361,10 +394,18 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         rehearse(config, recipe)
     names = [name for block in blocks for name in block.linears]
     wanted = model.targeted(names, recipe) if recovery.trains else set()
-    if not recovery.merges and (inside := sorted(wanted - {name for name, _ in whole.named_modules()})):
+    modules = {name for name, _ in whole.named_modules()}
+    if not recovery.merges and (inside := sorted(wanted - modules)):
         raise LosaError(
             f"recovery {recipe.recovery!r} keeps its pairs beside the linears, and {inside[0]} is none in the saved "
             "model, which holds all experts as one: choose targets without experts, or losa"
+        )
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    useful = max((min(linears[name].weight.shape) for name in wanted), default=0)
+    if recovery.trains and recipe.mean_rank_at(recipe.steps) > useful:
+        raise LosaError(
+            f"the mean rank would reach {recipe.mean_rank_at(recipe.steps):g}, the widest linear has {useful}"
+            ": lower mean_rank or rank_growth"
         )
     limit = model.longest_text(config)
     for name in ("sequence_length", "train_length"):

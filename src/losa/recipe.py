@@ -81,7 +81,9 @@ class Recipe:
     loss_on: Literal["all", "answer"] = setting("all", "tokens the loss counts: the whole text, or the answer only")
     learning_rate: float = setting(2e-3, "peak learning rate of AdamW")
     batch_size: int = setting(8, "recovery rows an optimizer step takes")
-    micro_batch_size: int = setting(4, "rows that go through the model at once")
+    micro_batch_size: int = setting(
+        None, "rows that go through the model at once, a divisor of batch_size; default: the largest up to 4"
+    )
     warmup: float = setting(0.1, "share of each step's updates over which the learning rate rises")
     weight_decay: float = setting(0.001, "AdamW's weight decay")
     clip: float = setting(1.0, "largest norm of the gradient")
@@ -103,6 +105,10 @@ class Recipe:
         if self.sparsity is None:
             said = self.kept.sparsity
             object.__setattr__(self, "sparsity", 0.6 if said is None else said)
+        if self.micro_batch_size is None:
+            _check_type("batch_size", self.batch_size, int)
+            size = max((n for n in range(1, 5) if self.batch_size % n == 0), default=1)
+            object.__setattr__(self, "micro_batch_size", size)
         if self.pruner is None:
             object.__setattr__(self, "pruner", "wanda-sp" if self.structured else "wanda")
         self.validate()
@@ -139,6 +145,7 @@ class Recipe:
         _require(self.mean_rank >= 1, "mean_rank", self.mean_rank, "at least 1: every adapted linear has a rank")
         for name in ("rank_growth", "error_tokens", "weight_decay", "eval_tokens", "checkpoint_minutes"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(self.eval_tokens != 1, "eval_tokens", self.eval_tokens, "at least 2, or 0 for all")
         for name in ("warmup", "last_step_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(
@@ -234,8 +241,12 @@ class Recipe:
         return max(16, math.ceil(2 * self.mean_rank_at(self.steps)))
 
     def rows_of(self, step: int) -> range:
-        """The recovery rows of step 1..T: the last takes its share, the others divide the rest; every row once."""
+        """The recovery rows of step 1..T: the last takes its share, the others divide the rest; every row once.
+
+        None is left without, unless the share is 0 or 1."""
         early = 0 if self.steps == 1 else round(self.train_samples * (1 - self.last_step_share))
+        if self.steps > 1 and 0 < self.last_step_share < 1:  # at least one row a step
+            early = min(max(early, self.steps - 1), self.train_samples - 1)
         bounds = [early * s // max(1, self.steps - 1) for s in range(self.steps)] + [self.train_samples]
         return range(bounds[step - 1], bounds[step])
 

@@ -36,7 +36,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> LosaError:
     """The error for a name that is not `known`, with the nearest one that is."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
     return LosaError(f"unknown {kind} {name!r}: {hint}")
 
 

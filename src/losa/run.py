@@ -2,6 +2,7 @@
 
 DIR/run/recipe.json    what was asked, of which model, with which versions
 DIR/run/log.jsonl      one line an event
+DIR/run/files.json     what of DIR/* is losa's
 DIR/run/dense.*        measurements of the dense model: features, Gram matrices, perplexity
 DIR/run/pruned.*       weights, masks and pairs after the latest pruning, and the history so far
 DIR/run/recovery.*     the pairs being trained since, with the optimizer's state
@@ -29,6 +30,7 @@ from losa.recipe import Recipe
 
 T = TypeVar("T")
 VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "datasets")
+CLAIMED = "files.json"
 FORMAT = 1  # of the run directory; a reader refuses others
 
 
@@ -136,10 +138,15 @@ class Run:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise LosaError(f"{path} is damaged ({error}): start a new run") from None
 
-    def drop(self, name: str) -> None:
-        """Forget `name`."""
-        if self.output:
+    def drop_states(self) -> None:
+        """Forget what only resuming needs: a finished run."""
+        for name in ("dense", "pruned", "recovery") if self.output else ():
             (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+    def claim(self, names: list[str]) -> None:
+        """Say which names in `output` are losa's, before they are put there; --overwrite takes away these and no others."""
+        known = _claimed(self.folder) if (self.folder / CLAIMED).is_file() else []
+        write_json(self.folder / CLAIMED, sorted({*known, *names}))
 
     def checkpoint_due(self, minutes: float) -> bool:
         """Whether so much time has passed since something was saved."""
@@ -176,7 +183,7 @@ def check_output(output: Path, overwrite: bool = False) -> None:
     """Raise LosaError if a new run may not be put there: a file, a run not to be overwritten, anything that is not a run."""
     if output.exists() and not output.is_dir():
         raise LosaError(f"output {str(output)!r} is a file: name a folder")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(output.iterdir()) and not _hardly_begun(output):
         if not (output / "run" / "recipe.json").is_file():
             raise LosaError(f"output {str(output)!r} exists and is no run of losa: name another folder")
         if not overwrite:
@@ -197,20 +204,37 @@ def read_recipe(output: Path) -> dict[str, Any]:
             raise LosaError(f"{path} is of format {kept['format']}, this losa reads {FORMAT}: start a new run")
         return {name: kept[name] for name in ("source", "recipe", "versions")}
     except (ValueError, KeyError, TypeError):
-        raise LosaError(f"{path} is damaged: start a new run") from None
+        raise LosaError(f"{path} is damaged: start a new run in another folder, or with --overwrite") from None
 
 
 def _asked(recipe: Recipe, source: str) -> dict[str, Any]:
     return {"format": FORMAT, "source": source, "recipe": recipe.to_json(), "versions": versions()}
 
 
+def _hardly_begun(output: Path) -> bool:
+    """Whether there is no more than what a run killed before its recipe was written leaves."""
+    left = {str(path.relative_to(output)) for path in output.rglob("*")}
+    return left <= {"run", "run/lock", "run/recipe.json.new"}
+
+
+def _claimed(folder: Path) -> list[str]:
+    names = json.loads((folder / CLAIMED).read_text())
+    return [name for name in names if "/" not in name and name not in (".", "..", "run")]
+
+
 def _remove(output: Path) -> None:
-    """Empty a run's folder but for its lock; losa.json goes first, so that no half of it looks finished."""
+    """Take away a run: losa.json first, so that no half of it looks finished; its recipe stays until it is replaced.
+
+    Killed in between, it is still a run, to be resumed or overwritten. Files that are not losa's stay.
+    """
     (output / "losa.json").unlink(missing_ok=True)
-    for path in [*output.iterdir(), *(output / "run").iterdir()]:
-        if path.name in ("run", "lock"):
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder = output / "run"
+    ours = [output / name for name in _claimed(folder)] if (folder / CLAIMED).is_file() else []
+    for path in [*ours, *(path for path in folder.iterdir() if path.name not in ("lock", "recipe.json"))]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

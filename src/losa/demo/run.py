@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from losa import recipe
+from losa.errors import LosaError
 from losa.pipeline import check, compress
 from losa.progress import Progress
 from losa.run import check_output
@@ -20,6 +21,8 @@ def demo(output: Path, sparsity: float | None, overwrite: bool, progress: Progre
     """
     chosen = {} if sparsity is None else {"sparsity": sparsity}
     settings = recipe.load("demo", chosen)
+    if (output / "losa").exists() and not overwrite:
+        raise LosaError(f"{str(output)!r} holds a demo: --overwrite replaces it, --output names another folder")
     for folder in (output / "pruned", output / "losa"):
         check("demo", settings, folder, overwrite=overwrite)
     if output.exists() and not (output / "losa").exists():

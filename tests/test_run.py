@@ -1,0 +1,179 @@
+"""The run directory: what a kill at its edges leaves, what --overwrite may take away, and what cannot be resumed."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import save_tiny, tiny, tokenizer
+
+import losa
+from losa import run as runs
+from losa.errors import LosaError
+from losa.inspection import inspect
+from losa.recipe import Recipe
+
+
+class Killed(BaseException):
+    pass
+
+
+def changed(recipe: Recipe, **settings: Any) -> Recipe:
+    return Recipe(**{**recipe.to_json(), **settings})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def brief(small: Recipe) -> Recipe:
+    return changed(small, steps=1, train_samples=4)
+
+
+def killed_at(operation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise Killed before the n-th change (from 0) that is made to the file system by names."""
+    count = 0
+
+    def counted(change: Any) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
+            nonlocal count
+            if count == operation:
+                raise Killed
+            count += 1
+            return change(*args, **named)
+
+        return call
+
+    for owner, name in (
+        (Path, "mkdir"),
+        (Path, "unlink"),
+        (Path, "replace"),
+        (Path, "write_bytes"),
+        (shutil, "rmtree"),
+    ):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("operation", range(7))
+def test_killed_while_it_begins_it_can_begin_again(
+    operation: int, overwrite: bool, llama: Path, tmp_path: Path, brief: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    if overwrite:
+        losa.compress(str(llama), changed(brief, seed=1, recovery="none"), out)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(operation, patch)
+        losa.compress(str(llama), brief, out, overwrite=overwrite)
+    losa.compress(str(llama), brief, out, overwrite=(out / "run" / "recipe.json").exists())
+    losa.compress(str(llama), brief, tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_overwriting_takes_only_what_losa_wrote(llama: Path, tmp_path: Path, brief: Recipe) -> None:
+    losa.compress(str(llama), brief, tmp_path / "out")
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    (tmp_path / "out" / "mine").mkdir()
+    losa.compress(str(llama), changed(brief, seed=1), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine" and (tmp_path / "out" / "mine").is_dir()
+    assert inspect(tmp_path / "out")["recipe"]["seed"] == 1
+
+
+def test_a_model_is_not_replaced_by_its_own_result(llama: Path, tmp_path: Path, brief: Recipe) -> None:
+    losa.compress(str(llama), brief, tmp_path / "out")
+    before = files(tmp_path / "out")
+    with pytest.raises(LosaError, match="is the model itself: name another folder"):
+        losa.compress(str(tmp_path / "out"), brief, tmp_path / "." / "out", overwrite=True)
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("what", ["model", "text"])
+def test_a_run_is_not_resumed_with_other_inputs(
+    what: str, text: Path, tmp_path: Path, brief: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "dense")
+    own = tmp_path / "own.jsonl"
+    shutil.copy(text, own)
+    recipe = changed(brief, train_data=str(own))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("losa.pipeline.allocate", lambda *_: (_ for _ in ()).throw(Killed))
+        losa.compress(str(source), recipe, tmp_path / "out")
+    if what == "text":
+        own.write_text("\n".join(reversed(own.read_text().splitlines())))
+    else:
+        model = tiny()
+        model.model.norm.weight.data.mul_(1.01)
+        model.save_pretrained(source)
+    with pytest.raises(LosaError, match="not what the run was started with"):
+        losa.compress(str(source), recipe, tmp_path / "out", resume=True)
+
+
+def test_a_finished_run_clears_what_a_kill_left(llama: Path, tmp_path: Path, brief: Recipe) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runs.Run, "drop_states", lambda _: (_ for _ in ()).throw(Killed))
+        losa.compress(str(llama), brief, tmp_path / "out")
+    assert (tmp_path / "out" / "run" / "dense.safetensors").exists()
+    losa.compress(str(llama), brief, tmp_path / "out", resume=True)
+    assert not [path for path in os.listdir(tmp_path / "out" / "run") if path.endswith(".safetensors")]
+
+
+def test_the_result_in_memory_is_the_saved_one_whatever_it_computed_in(tmp_path: Path, brief: Recipe) -> None:
+    """Invariant 6: weights stored in bf16 and computed in fp32; buffers keep their precision."""
+    source = save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
+    result = losa.compress(str(source), brief, tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert result.model.dtype == loaded.dtype == torch.bfloat16
+    tokens = torch.arange(1, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(result.model(tokens).logits, loaded(tokens).logits)
+    assert losa.compress(str(source), brief).model.dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------- ignored blocks
+
+
+@pytest.mark.parametrize("allocator", ["rmi", "owl", "error", "uniform"])
+def test_a_block_that_is_ignored_whole(allocator: str, llama: Path, tmp_path: Path, small: Recipe) -> None:
+    recipe = changed(small, ignore=[r"layers\.1\."], allocator=allocator)
+    result = losa.compress(str(llama), recipe, tmp_path / "out")
+    blocks = len(result.history[0]["ranks"])
+    for record in result.history:
+        assert record["ranks"][1] == 0
+        assert sum(record["ranks"]) == round(recipe.mean_rank_at(record["step"]) * (blocks - 1))
+    found = inspect(tmp_path / "out")
+    assert found["blocks"][1]["weights"] == 0
+
+
+def test_ranks_are_the_adapted_blocks(small: Recipe) -> None:
+    result = losa.compress(tiny(), changed(small, targets=r"layers\.[12]\..*q_proj"), tokenizer=tokenizer())
+    for record in result.history:
+        adapted = [rank for rank in record["ranks"] if rank]
+        assert len(adapted) == 2 and sum(adapted) == round(2 * small.mean_rank_at(record["step"]))
+
+
+# ------------------------------------------------------------------------------------------------- what Python is told
+
+
+def test_what_cannot_be_compressed_is_said(tmp_path: Path, llama: Path, brief: Recipe) -> None:
+    with pytest.raises(LosaError, match="Sequential is no causal language model"):
+        losa.compress(torch.nn.Sequential(torch.nn.Linear(2, 2)), brief, tokenizer=tokenizer())
+    with pytest.raises(LosaError, match="LlamaModel is no causal language model"):
+        losa.compress(tiny().model, brief, tokenizer=tokenizer())
+    with pytest.raises(LosaError, match="computed in its own type"):
+        losa.compress(tiny(), changed(brief, dtype="bfloat16"), tokenizer=tokenizer())
+    large = tokenizer()
+    large.add_tokens([f"<extra {i}>" for i in range(9)])
+    with pytest.raises(LosaError, match="tokenizer does not fit"):
+        losa.compress(tiny(), brief, tokenizer=large)
+    with pytest.raises(LosaError, match="does not merge: name an output"):
+        losa.compress(str(llama), changed(brief, recovery="lora"))
+    with pytest.raises(LosaError, match="unknown recipe 'papers': did you mean 'paper'"):
+        losa.compress(str(llama), "papers")
+    with pytest.raises(LosaError, match=r"mean rank would reach 99, the widest linear has \d+"):
+        losa.compress(llama, changed(brief, mean_rank=99.0), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    losa.compress(llama, changed(brief, recovery="none"), tmp_path / "out")  # a Path is a folder
