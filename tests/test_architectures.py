@@ -13,7 +13,7 @@ from test_pipeline import Killed, changed, files, logits
 from torch import Tensor, nn
 
 import losa
-from losa import calibration, experts, masks, model, pipeline
+from losa import calibration, experts, inputs, masks, model, pipeline
 from losa.adapters import MaskedLinear
 from losa.errors import LosaError
 from losa.export import load_masks
@@ -341,7 +341,7 @@ def test_a_pair_kept_apart_has_nowhere_to_go_on_experts(tmp_path: Path, small: R
     recipe = changed(small, recovery="lora", steps=1)
     with pytest.raises(LosaError, match=r"mlp\.experts\.0\.down_proj is none in the saved model"):
         losa.compress(tiny("mixtral"), recipe, tmp_path / "out", tokenizer=tokenizer())
-    pipeline.check(tiny("mixtral"), changed(recipe, targets="qkvo"), tmp_path / "out")
+    inputs.check(tiny("mixtral"), changed(recipe, targets="qkvo"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -357,4 +357,4 @@ def test_targets_know_fused_attention(kind: str, targets: str, count: int, small
 @pytest.mark.parametrize(("kind", "fused"), [("phi3", "qkv_proj"), ("falcon", "query_key_value")])
 def test_q_and_v_alone_are_refused_where_they_are_one_linear(kind: str, fused: str, small: Recipe) -> None:
     with pytest.raises(LosaError, match=f"targets 'qv' match none of the linears: .*{fused}"):
-        pipeline.check(tiny(kind), changed(small, targets="qv"), None)
+        inputs.check(tiny(kind), changed(small, targets="qv"), None)

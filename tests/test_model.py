@@ -12,7 +12,8 @@ from torch import nn
 
 from losa import model
 from losa.errors import LosaError
-from losa.pipeline import check, compress
+from losa.inputs import check
+from losa.pipeline import compress
 from losa.recipe import Recipe
 
 

@@ -131,7 +131,8 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     else:
         settings = recipe.load(args.recipe, given)
     _quiet_libraries()
-    from losa.pipeline import check, compress
+    from losa.inputs import check
+    from losa.pipeline import compress
     from losa.progress import Progress
 
     if args.dry_run:

@@ -59,7 +59,7 @@ def register() -> None:
     base: Any = importlib.import_module("transformers.quantizers.base").HfQuantizer
 
     class Widths(mixin):  # type: ignore[misc]
-        """The shapes of the linears, as `losa.shrink.resize` takes them."""
+        """The shapes of the linears, as `losa.widths.resize` takes them."""
 
         def __init__(self, linears: dict[str, list[Any]], quant_method: str = STRUCTURED, **_: Any) -> None:
             self.quant_method, self.linears = quant_method, linears
@@ -75,7 +75,7 @@ def register() -> None:
             return True
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            from losa.shrink import resize
+            from losa.widths import resize
 
             resize(model, self.quantization_config.linears)
 

@@ -357,7 +357,7 @@ def skeleton(config: Any) -> Any:
         whole: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored["quant_method"] == STRUCTURED:
-        from losa.shrink import resize
+        from losa.widths import resize
 
         resize(whole, stored["linears"])
     return whole

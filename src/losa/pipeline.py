@@ -1,6 +1,5 @@
 """The whole algorithm: for each step, rates -> masks -> errors -> ranks -> recovery; then merge and save (paper, section 2.4)."""
 
-import hashlib
 import json
 import os
 import time
@@ -22,18 +21,18 @@ from losa import (
     model,
     ranks,
     registry,
-    sources,
     structure,
 )
 from losa.allocators.base import Evidence
 from losa.errors import LosaError
+from losa.inputs import Inputs, allocation_samples, check, fingerprint, read
 from losa.model import Block, Subject
 from losa.progress import Progress
 from losa.pruners.base import Pruner
 from losa.pruning import prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings, load
-from losa.run import Run, check_output
-from losa.shrink import rehearse, shrink
+from losa.run import Run
+from losa.shrink import shrink
 
 
 @dataclass
@@ -46,15 +45,6 @@ class Result:
     measurements: dict[str, Any]
     history: list[dict[str, Any]]
     path: Path | None
-
-
-@dataclass
-class Inputs:
-    """Everything a run reads, as tokens."""
-
-    calibration: Tensor  # int64 [samples, length]
-    examples: list[data.Example]
-    evaluation: Tensor | None  # int64 [tokens]
 
 
 @dataclass
@@ -315,18 +305,6 @@ def restore(subject: Subject, run: Run) -> State:
     return State(saved.meta["done"], saved.meta["history"])
 
 
-def fingerprint(subject: Subject, inputs: Inputs) -> str:
-    """Of all tokens and of some of every weight, so that a run is not resumed with others."""
-    found = hashlib.sha256()
-    tokens = [inputs.calibration, *(part for example in inputs.examples for part in example)]
-    for tensor in [*tokens, *([] if inputs.evaluation is None else [inputs.evaluation])]:
-        found.update(f"{list(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    for name, weight in subject.model.named_parameters():
-        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)].float().cpu()
-        found.update(f"{name} {list(weight.shape)}".encode() + some.numpy().tobytes())
-    return found.hexdigest()
-
-
 def measure(subject: Subject, recipe: Recipe, inputs: Inputs) -> float | None:
     """Perplexity on the evaluation text, None without one."""
     if inputs.evaluation is None:
@@ -362,79 +340,6 @@ def finished(run: Run, recipe: Recipe, tokenizer: Any) -> Result:
     run.drop_states()
     made = json.loads((output / "losa.json").read_text())
     return Result(model.load(str(output), recipe), tokenizer, recipe, made["measurements"], made["history"], output)
-
-
-# ------------------------------------------------------------------------------------------------- before it begins
-
-
-def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = False, resume: bool = False) -> Any:
-    """Everything that can be known to be wrong before anything large is read; returns the model's configuration."""
-    recovery = registry.get("recovery", recipe.recovery)
-    if not recovery.merges and recipe.steps > 1:
-        raise LosaError(
-            f"recovery {recipe.recovery!r} does not merge, so that only one step is possible: set steps to 1"
-        )
-    if not recovery.merges and recipe.structured:
-        raise LosaError(f"recovery {recipe.recovery!r} does not merge: with --pattern structured use losa or none")
-    sources.check_source(recipe.calibration, "calibrate")
-    if recovery.trains:
-        sources.check_source(recipe.train_data, "train")
-    if recipe.eval_data:
-        sources.check_source(recipe.eval_data, "evaluate")
-    model.choose_device(recipe.device)
-    if output and not resume:
-        check_output(output, overwrite)
-    config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
-    if output and isinstance(source, str) and output.resolve() == Path(source).expanduser().resolve():
-        raise LosaError(f"output {str(output)!r} is the model itself: name another folder")
-    whole = model.skeleton(config) if isinstance(source, str) else source
-    blocks = model.prunable(whole, recipe)
-    if recipe.structured:
-        structure.check(blocks)
-        rehearse(config, recipe)
-    names = [name for block in blocks for name in block.linears]
-    wanted = model.targeted(names, recipe) if recovery.trains else set()
-    modules = {name for name, _ in whole.named_modules()}
-    if not recovery.merges and (inside := sorted(wanted - modules)):
-        raise LosaError(
-            f"recovery {recipe.recovery!r} keeps its pairs beside the linears, and {inside[0]} is none in the saved "
-            "model, which holds all experts as one: choose targets without experts, or losa"
-        )
-    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
-    useful = max((min(linears[name].weight.shape) for name in wanted), default=0)
-    if recovery.trains and recipe.mean_rank_at(recipe.steps) > useful:
-        raise LosaError(
-            f"the mean rank would reach {recipe.mean_rank_at(recipe.steps):g}, the widest linear has {useful}"
-            ": lower mean_rank or rank_growth"
-        )
-    limit = model.longest_text(config)
-    for name in ("sequence_length", "train_length"):
-        if getattr(recipe, name) > limit:
-            raise LosaError(f"{name} is {getattr(recipe, name)}: the model reads at most {limit} tokens: lower it")
-    return config
-
-
-def read(recipe: Recipe, tokenizer: Any) -> Inputs:
-    """All text as tokens, so that too little of it is known before the model loads."""
-    trains = registry.get("recovery", recipe.recovery).trains
-    tokens = data.calibration_tokens(
-        recipe.calibration, tokenizer, recipe.calibration_samples, recipe.sequence_length, recipe.seed
-    )
-    examples = (
-        data.training_examples(
-            recipe.train_data, tokenizer, recipe.train_samples, recipe.train_length, recipe.seed, recipe.loss_on
-        )
-        if trains
-        else []
-    )
-    evaluation = data.evaluation_tokens(recipe.eval_data, tokenizer) if recipe.eval_data else None
-    if evaluation is not None and recipe.eval_tokens:
-        evaluation = evaluation[: recipe.eval_tokens]
-    return Inputs(tokens, examples, evaluation)
-
-
-def allocation_samples(recipe: Recipe) -> int:
-    return min(recipe.allocation_samples, recipe.calibration_samples)
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -18,6 +18,7 @@ from losa.loading import STRUCTURED
 from losa.model import Block, Subject
 from losa.recipe import Recipe
 from losa.structure import find
+from losa.widths import attentions, linear_like, recount, resize
 
 PLAIN, OURS = "transformers", "transformers, after import losa"
 
@@ -36,7 +37,7 @@ def shrink(subject: Subject, bits: dict[str, Tensor]) -> tuple[dict[str, Tensor]
             rows, columns = mask.any(dim=1), mask.any(dim=0)
             if not torch.equal(mask, rows[:, None] & columns):
                 raise LosaError(f"{name}: its mask is not made of whole rows and columns")
-            smaller = _linear(linear, int(rows.sum()), int(columns.sum()), linear.bias is not None, "meta")
+            smaller = linear_like(linear, int(rows.sum()), int(columns.sum()), linear.bias is not None, "meta")
             smaller.weight = nn.Parameter(linear.weight[rows][:, columns].contiguous(), requires_grad=False)
             if linear.bias is not None:
                 smaller.bias = nn.Parameter(linear.bias[rows], requires_grad=False)
@@ -53,32 +54,6 @@ def shrink(subject: Subject, bits: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     }
     subject.model.config.quantization_config = {"quant_method": STRUCTURED, "linears": shapes}
     return kept, OURS
-
-
-def resize(whole: nn.Module, linears: dict[str, list[Any]]) -> None:
-    """Give the linears of a model, which may be on the meta device, new shapes: name -> [out, in, whether it has a bias]."""
-    for name, (rows, columns, bias) in linears.items():
-        try:
-            old = whole.get_submodule(name)
-        except AttributeError:  # a base model has no prefix
-            name = name.partition(".")[2]
-            old = whole.get_submodule(name)
-        assert isinstance(old, nn.Linear)
-        whole.set_submodule(name, _linear(old, rows, columns, bias, old.weight.device))
-    recount(whole)
-
-
-def recount(whole: nn.Module) -> None:
-    """Set what attention modules remember of their number of heads by what their linears have; most remember none."""
-    for module in _attentions(whole).values():
-        counts = {
-            "num_heads": module.q_proj.out_features // module.head_dim,
-            "num_attention_heads": module.q_proj.out_features // module.head_dim,
-            "num_key_value_heads": module.k_proj.out_features // module.head_dim,
-        }
-        for name, count in counts.items():
-            if hasattr(module, name):
-                setattr(module, name, count)
 
 
 def rehearse(config: Any, recipe: Recipe) -> None:
@@ -111,15 +86,6 @@ def rehearse(config: Any, recipe: Recipe) -> None:
     except Exception as error:
         reason = f"{type(whole).__name__} does not run with fewer heads or channels than its configuration says"
         raise LosaError(f"{reason}: {error}") from error
-
-
-def _attentions(whole: nn.Module) -> dict[str, Any]:
-    return {n: m for n, m in whole.named_modules() if hasattr(m, "q_proj") and hasattr(m, "head_dim")}
-
-
-def _linear(like: nn.Linear, rows: int, columns: int, bias: bool, device: torch.device | str) -> nn.Linear:
-    made = nn.Linear(columns, rows, bias=bias, device=device, dtype=like.weight.dtype)
-    return made.requires_grad_(like.weight.requires_grad).train(like.training)
 
 
 def _configure_plainly(subject: Subject) -> bool:
@@ -160,7 +126,7 @@ def _configurations(old: Any, blocks: list[Block]) -> Iterator[tuple[Any, dict[s
     from transformers import MistralConfig
 
     fields = {key: value for key, value in old.to_dict().items() if key != "quantization_config"}
-    attention: Any = next(iter(_attentions(blocks[0].module).values()))
+    attention: Any = next(iter(attentions(blocks[0].module).values()))
     named = {name.rpartition(".")[2]: module for name, module in blocks[0].module.named_modules()}
     out, reader = named.get("o_proj", named.get("out_proj")), named.get("down_proj", named.get("fc2"))
     assert isinstance(out, nn.Linear) and isinstance(reader, nn.Linear)
@@ -192,5 +158,5 @@ def _numbers(whole: nn.Module) -> dict[str, dict[str, float]]:
             for key, value in vars(module).items()
             if isinstance(value, int | float) and key != "training" and not key.startswith("_")
         }
-        for name, module in _attentions(whole).items()
+        for name, module in attentions(whole).items()
     }

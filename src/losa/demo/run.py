@@ -7,7 +7,8 @@ import torch
 
 from losa import recipe
 from losa.errors import LosaError
-from losa.pipeline import check, compress
+from losa.inputs import check
+from losa.pipeline import compress
 from losa.progress import Progress
 from losa.run import check_output
 

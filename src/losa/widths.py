@@ -1,0 +1,43 @@
+"""Linears of other widths than the configuration says: put into a model before its weights are read, or by `losa.shrink`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def resize(whole: nn.Module, linears: dict[str, list[Any]]) -> None:
+    """Give the linears of a model, which may be on the meta device, new shapes: name -> [out, in, whether it has a bias]."""
+    for name, (rows, columns, bias) in linears.items():
+        try:
+            old = whole.get_submodule(name)
+        except AttributeError:  # a base model has no prefix
+            name = name.partition(".")[2]
+            old = whole.get_submodule(name)
+        assert isinstance(old, nn.Linear)
+        whole.set_submodule(name, linear_like(old, rows, columns, bias, old.weight.device))
+    recount(whole)
+
+
+def recount(whole: nn.Module) -> None:
+    """Set what attention modules remember of their number of heads by what their linears have; most remember none."""
+    for module in attentions(whole).values():
+        counts = {
+            "num_heads": module.q_proj.out_features // module.head_dim,
+            "num_attention_heads": module.q_proj.out_features // module.head_dim,
+            "num_key_value_heads": module.k_proj.out_features // module.head_dim,
+        }
+        for name, count in counts.items():
+            if hasattr(module, name):
+                setattr(module, name, count)
+
+
+def attentions(whole: nn.Module) -> dict[str, Any]:
+    """The attention modules of a model, by name."""
+    return {n: m for n, m in whole.named_modules() if hasattr(m, "q_proj") and hasattr(m, "head_dim")}
+
+
+def linear_like(like: nn.Linear, rows: int, columns: int, bias: bool, device: torch.device | str) -> nn.Linear:
+    """A linear of that shape, uninitialised, of the type and mode of another."""
+    made = nn.Linear(columns, rows, bias=bias, device=device, dtype=like.weight.dtype)
+    return made.requires_grad_(like.weight.requires_grad).train(like.training)
