@@ -120,22 +120,27 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def tables(path: Path) -> None:
-    """What the file holds, one table a comparison; means and deviations over the seeds."""
-    for phase, columns in (
-        ("test", ("pruner", "sparsity", "method")),
-        ("allocators", ("sparsity", "after", "allocator")),
-        ("pruners", ("after", "pruner")),
+    """What the file holds, one table a comparison: perplexity, with mean, deviation and number of seeds where there are several."""
+    for phase, row, columns in (
+        ("test", "method", ("pruner", "sparsity")),
+        ("allocators", "allocator", ("after", "sparsity")),
+        ("pruners", "pruner", ("after",)),
     ):
-        groups: dict[tuple[Any, ...], list[float]] = {}
+        found: dict[str, dict[str, list[float]]] = {}
         for line in read(path).values():
             if line["phase"] == phase:
-                groups.setdefault(tuple(line[column] for column in columns), []).append(line["perplexity"])
-        if groups:
-            print(f"\n| {' | '.join(columns)} | seeds | perplexity |\n|{'---|' * (len(columns) + 2)}")
-        for group, values in sorted(groups.items()):
-            deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells = [f"{cell:.0%}" if isinstance(cell, float) else cell for cell in group]
-            print(f"| {' | '.join(cells)} | {len(values)} | {statistics.mean(values):.3f}{deviation} |")
+                column = " ".join(f"{line[c]:.0%}" if isinstance(line[c], float) else line[c] for c in columns)
+                found.setdefault(line[row], {}).setdefault(column, []).append(line["perplexity"])
+        names = sorted({column for cells in found.values() for column in cells})
+        print("\n" + " | ".join(["", row, *names, ""]).strip() + "\n|" + "---|" * (len(names) + 1))
+        for name, cells in found.items():
+            print(" | ".join(["", name, *(_cell(cells.get(column, [])) for column in names), ""]).strip())
+
+
+def _cell(values: list[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
 def main() -> None:
