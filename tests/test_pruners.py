@@ -429,10 +429,14 @@ def test_sparsegpt_n_of_m_over_steps() -> None:
         weight, within = pruned, mask
 
 
-def test_sparsegpt_refuses_a_block_that_cuts_groups() -> None:
-    pruner = SparseGPT(block=12)
-    with pytest.raises(LosaError, match="block of 12 columns must be a multiple of 8, for 4:8"):
-        pruner.prune(draw(3, 24, seed=0), None, NM(4, 8), gather(pruner, inputs(24)))
+@pytest.mark.parametrize("block", [4, 12, 31])
+def test_sparsegpt_blocks_do_not_cut_groups(block: int) -> None:
+    weight, x = draw(3, 24, seed=0), inputs(24)
+    pruner, whole = SparseGPT(block=block), SparseGPT(block=24)
+    pruned, mask = pruner.prune(weight, None, NM(4, 8), gather(pruner, x))
+    want, same = whole.prune(weight, None, NM(4, 8), gather(whole, x))
+    assert torch.equal(mask, same) and bool((mask.view(3, 3, 8).sum(dim=2) == 4).all())
+    np.testing.assert_allclose(array(pruned), array(want), rtol=1e-5, atol=1e-5)
 
 
 def test_sparsegpt_over_steps_hands_on_what_was_pruned() -> None:

@@ -34,7 +34,7 @@ class SparseGPT(Pruner):
     """Score w^2 / d^2, d the diagonal of the upper Cholesky factor of the inverse Hessian, within `block` columns.
 
     damp: share of the mean of the Hessian's diagonal that is added to it. block: columns that share one count, and
-    whose errors reach the columns behind them in one product.
+    whose errors reach the columns behind them in one product; of N:M, the multiple of M below it.
     """
 
     damp: float = 0.01
@@ -64,12 +64,10 @@ class SparseGPT(Pruner):
         at zero and drop that value would leave the rest optimal for a weight that is not there.
         """
         gram = Gram.require(statistic, weight.shape[1])
-        if isinstance(amount, NM):
+        width = self.block
+        if isinstance(amount, NM):  # a block must not cut a group; otherwise it plays no part then
             amount.check(weight.shape[1])
-            if self.block % amount.m:
-                raise LosaError(
-                    f"SparseGPT's block of {self.block} columns must be a multiple of {amount.m}, for {amount}"
-                )
+            width = max(amount.m, width - width % amount.m)
         if not _finite(weight):
             raise LosaError("SparseGPT was given weights that hold NaN or infinity")
         upper, dead = self._factor(gram)
@@ -77,8 +75,8 @@ class SparseGPT(Pruner):
         columns = weight.float().t().clone(memory_format=torch.contiguous_format)
         columns.index_fill_(0, dead.nonzero().squeeze(1), 0)
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        buffer = torch.empty_like(columns[: self.block])
-        for span in _spans(0, weight.shape[1], self.block):
+        buffer = torch.empty_like(columns[:width])
+        for span in _spans(0, weight.shape[1], width):
             errors, inside = buffer[: span.stop - span.start], None if within is None else within[:, span]
             _prune_columns(columns[span], upper[span, span], inside, amount, mask[:, span], errors)
             behind = slice(span.stop, None)
