@@ -204,11 +204,10 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         if "source" in found:
             made = found["recipe"]
+            print(f"made by losa {found['versions']['losa']} from {found['source']}")
             print(
-                f"made by losa {found['versions']['losa']} from {found['source']}: sparsity {made['sparsity']}, pruner"
-            )
-            print(
-                f"{made['pruner']}, allocator {made['allocator']}, {made['steps']} steps, recovery {made['recovery']}"
+                f"pattern {made['pattern']}, sparsity {made['sparsity']}, pruner {made['pruner']}, allocator "
+                f"{made['allocator']}, {made['steps']} steps, recovery {made['recovery']}"
             )
         rows = [("block", "linear", "weights", "sparsity", "rank")]
         for block in found["blocks"]:
