@@ -121,3 +121,18 @@ def test_a_block_can_compute_away_from_home() -> None:
         stream.advance(block)
         assert {p.device.type for p in model.parameters()} == {"cpu"}
         torch.testing.assert_close(torch.cat(stream.hiddens).cpu(), expected[block.name], rtol=1e-2, atol=1e-2)
+
+
+def test_observing_on_the_way_is_observing_then_moving_on() -> None:
+    model = tiny()
+    blocks = find_blocks(model)
+    one, two = (Stream(model, blocks, TOKENS, torch.device("cpu")) for _ in range(2))
+    for block in blocks:
+        seen: list[dict[str, Any]] = [{name: Inputs() for name in block.linears} for _ in range(2)]
+        one.observe(block, seen[0])
+        one.advance(block)
+        two.observe(block, seen[1], advance=True)
+        assert all(torch.equal(a, b) for a, b in zip(one.hiddens, two.hiddens, strict=True))
+        for name in block.linears:
+            assert torch.equal(torch.cat(seen[0][name].seen), torch.cat(seen[1][name].seen))
+            assert seen[0][name].sequences == seen[1][name].sequences == len(TOKENS)

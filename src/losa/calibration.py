@@ -87,8 +87,10 @@ class Stream:
         for i, out in enumerate(self.outputs(block)):
             self.hiddens[i] = out.to(self.hiddens[i].device)
 
-    def observe(self, block: Block, statistics: dict[str, Any]) -> list[str]:
-        """Run `block` without moving on; every linear's inputs go to its statistic: update(x [tokens, in], sequences).
+    def observe(self, block: Block, statistics: dict[str, Any], advance: bool = False) -> list[str]:
+        """Run `block`; every linear's inputs go to its statistic: update(x [tokens, in], sequences).
+
+        The stream moves on only with `advance`.
 
         Linears that are given the very same tensor (q, k, v) get the same statistic, gathered once. An expert is given
         the tokens that reach it, and counts the sequences of those batches that do: a scale, which no mask depends on.
@@ -112,9 +114,11 @@ class Stream:
         hooks = [block.linears[name].register_forward_pre_hook(hook(name)) for name in statistics]
         try:
             outputs = self.outputs(block)
-            for hidden in self.hiddens:
+            for i, hidden in enumerate(self.hiddens):
                 sequences = len(hidden)
-                next(outputs)
+                out = next(outputs)
+                if advance:
+                    self.hiddens[i] = out.to(hidden.device)
             outputs.close()
         finally:
             for handle in hooks:

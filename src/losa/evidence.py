@@ -58,7 +58,8 @@ def gather(
         here = [(unit, floor) for unit, floor in zip(units, floors, strict=True) if unit.block is block]
         if allocator.needs == "scores":
             seen += _digests(block, [unit for unit, _ in here], allocator, stream)
-        elif allocator.needs == "errors":
+            continue
+        if allocator.needs == "errors":
             seen += _errors(block, here, allocator, step, recipe, stream)
         stream.advance(block)
         if allocator.needs == "grams" and here:
@@ -67,10 +68,12 @@ def gather(
 
 
 def _digests(block: Block, units: list[Unit], allocator: Allocator, stream: Stream) -> list[Tensor]:
-    """The allocator's digest of Wanda's scores of each unit, whatever pruner is chosen (OWL is defined by them)."""
+    """The allocator's digest of Wanda's scores of each unit, whatever pruner is chosen (OWL is defined by them).
+
+    The stream moves on behind the block, so that the scores cost no pass of their own.
+    """
     inputs = {name: SquaredInputs(linear.in_features, stream.device) for name, linear in block.linears.items()}
-    if units:
-        stream.observe(block, inputs)
+    stream.observe(block, inputs, advance=True)
     digests = []
     for unit in units:
         scores = []
