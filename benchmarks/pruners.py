@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from losa import masks, registry
-from losa.patterns import NM, Amount
+from losa.patterns import NM, Amount, parse
 from losa.pruners.base import Pruner
 
 
@@ -45,8 +45,8 @@ def amount(text: str) -> Amount:
     """A share that goes, or N:M kept."""
     if ":" not in text:
         return float(text)
-    n, m = map(int, text.split(":"))
-    return NM(n, m)
+    pattern = parse(text)
+    return NM(pattern.n, pattern.m)
 
 
 def check(name: str, pruner: Pruner, mask: Tensor, wanted: Amount) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 import transformers
 
 from losa.recipe import Recipe
+from losa.run import Run
 
 WIDTHS = dict(
     vocab_size=2048,
@@ -133,3 +136,32 @@ def settings(text: Path) -> dict[str, Any]:
 @pytest.fixture
 def small(settings: dict[str, Any]) -> Recipe:
     return Recipe(**settings)
+
+
+class Killed(BaseException):
+    """What stands for kill -9."""
+
+
+def changed(recipe: Recipe, **settings: Any) -> Recipe:
+    return Recipe(**{**recipe.to_json(), **settings})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@contextmanager
+def killed_after(saves: int) -> Iterator[None]:
+    """The run inside saves its state so many times, and is then killed; fails if it is not."""
+    save, done = Run.save, 0
+
+    def dying(run: Run, *rest: Any) -> None:
+        nonlocal done
+        save(run, *rest)
+        done += 1
+        if done == saves:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "save", dying)
+        yield

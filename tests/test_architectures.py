@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, save_tiny, tiny, tokenizer
-from test_pipeline import Killed, changed, files, logits
+from conftest import ARCHITECTURES, changed, files, killed_after, save_tiny, tiny, tokenizer
+from test_pipeline import logits
 from torch import Tensor, nn
 
 import losa
-from losa import calibration, experts, inputs, masks, model, pipeline
+from losa import calibration, experts, inputs, masks, model
 from losa.adapters import MaskedLinear
 from losa.errors import LosaError
 from losa.export import load_masks
@@ -262,28 +262,14 @@ def test_a_plan_counts_the_experts_a_token_reaches(tmp_path: Path, small: Recipe
     assert dense["memory_parts"]["recovery"] - sparse["memory_parts"]["recovery"] == saved
 
 
-def test_a_killed_run_of_experts_goes_on_to_the_same_bytes(
-    tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_of_experts_goes_on_to_the_same_bytes(tmp_path: Path, small: Recipe) -> None:
     source = str(save_tiny(tmp_path / "dense", "mixtral"))
     recipe = changed(small, checkpoint_minutes=0.0, eval_data="", pruner="sparsegpt")
     whole = losa.compress(source, recipe, tmp_path / "whole")
     for moment in (2, 4, 6):  # pruned, in recovery, pruned again
-        saves = 0
-        save = pipeline.Run.save
-
-        def dying(run: Any, *rest: Any, moment: int = moment, save: Callable[..., None] = save) -> None:
-            nonlocal saves
-            save(run, *rest)
-            saves += 1
-            if saves == moment:
-                raise Killed
-
         output = tmp_path / f"killed-{moment}"
-        with monkeypatch.context() as patch:
-            patch.setattr(pipeline.Run, "save", dying)
-            with pytest.raises(Killed):
-                losa.compress(source, recipe, output)
+        with killed_after(moment):
+            losa.compress(source, recipe, output)
         resumed = losa.compress(source, recipe, output, resume=True)
         assert files(output) == files(tmp_path / "whole")
         assert resumed.history == whole.history

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MODELS, save_tiny, tiny, tokenizer
+from conftest import MODELS, changed, files, killed_after, save_tiny, tiny, tokenizer
 from torch import Tensor
 
 import losa
@@ -28,14 +28,6 @@ def logits(model: Any) -> Tensor:
     with torch.no_grad():
         out: Tensor = model(input_ids=TEXT).logits
     return out
-
-
-def changed(recipe: Recipe, **settings: Any) -> Recipe:
-    return Recipe(**{**recipe.to_json(), **settings})
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps", "magnitude"])
@@ -226,33 +218,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(small: Recipe) -> None:
         losa.compress(tiny(), changed(small, learning_rate=1e30, clip=1e30, train_samples=60), tokenizer=tokenizer())
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(
     ("pruner", "moment"), [*product(["wanda", "sparsegpt"], range(8)), ("pruner-zero", 3), ("alps", 3)]
 )
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(
-    moment: int, pruner: str, llama: Path, tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch
+    moment: int, pruner: str, llama: Path, tmp_path: Path, small: Recipe
 ) -> None:
     """Invariant 4: killed after its n-th save (dense, pruned, two of each recovery, ...), resumed, the same files."""
     recipe = changed(small, pruner=pruner, checkpoint_minutes=0.0)
     whole = losa.compress(str(llama), recipe, tmp_path / "whole")
-    saves = 0
-    save = pipeline.Run.save
-
-    def dying(run: Any, *rest: Any) -> None:
-        nonlocal saves
-        save(run, *rest)
-        saves += 1
-        if saves == moment + 1:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Run, "save", dying)
-        with pytest.raises(Killed):
-            losa.compress(str(llama), recipe, tmp_path / "killed")
+    with killed_after(moment + 1):
+        losa.compress(str(llama), recipe, tmp_path / "killed")
     assert not (tmp_path / "killed" / "losa.json").exists()
     resumed = losa.compress(str(llama), recipe, tmp_path / "killed", resume=True)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")

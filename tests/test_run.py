@@ -8,25 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import save_tiny, tiny, tokenizer
+from conftest import Killed, changed, files, save_tiny, tiny, tokenizer
 
 import losa
 from losa import run as runs
 from losa.errors import LosaError
 from losa.inspection import inspect
 from losa.recipe import Recipe
-
-
-class Killed(BaseException):
-    pass
-
-
-def changed(recipe: Recipe, **settings: Any) -> Recipe:
-    return Recipe(**{**recipe.to_json(), **settings})
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import GATED, MODELS, save_tiny, tiny, tokenizer
+from conftest import GATED, MODELS, files, killed_after, save_tiny, tiny, tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,10 +52,6 @@ def logits(of: Any) -> Tensor:
     with torch.no_grad():
         out: Tensor = of(input_ids=TEXT).logits
     return out
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def widths(of: Any) -> list[tuple[int, int]]:
@@ -307,32 +303,14 @@ def test_flap_adds_what_goes_at_each_step_to_the_bias(
     assert last[2].any() and not last[3].all() and last[0].any()
 
 
-class Killed(BaseException):
-    pass
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(
-    llama: Path, structured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(llama: Path, structured: dict[str, Any], tmp_path: Path) -> None:
     """FLAP's biases are part of the state."""
     recipe = Recipe(**structured | {"pruner": "flap", "checkpoint_minutes": 0.0})
     losa.compress(str(llama), recipe, tmp_path / "whole")
-    save = pipeline.Run.save
     for moment in (2, 3, 6):  # after the first pruning, the first checkpoint, the second pruning
-        saves = 0
-
-        def dying(run: Any, *rest: Any, moment: int = moment) -> None:
-            nonlocal saves
-            save(run, *rest)
-            saves += 1
-            if saves == moment:
-                raise Killed
-
         out = tmp_path / f"killed {moment}"
-        with monkeypatch.context() as patch:
-            patch.setattr(pipeline.Run, "save", dying)
-            with pytest.raises(Killed):
-                losa.compress(str(llama), recipe, out)
+        with killed_after(moment):
+            losa.compress(str(llama), recipe, out)
         losa.compress(str(llama), recipe, out, resume=True)
         assert files(out) == files(tmp_path / "whole")
 

@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from losa import registry
 from losa.adapters import MaskedLinear
 from losa.allocators.base import Allocator
 from losa.calibration import Stream
@@ -90,7 +89,7 @@ def _errors(
     block: Block, units: list[tuple[Unit, float]], allocator: Allocator, step: int, recipe: Recipe, stream: Stream
 ) -> list[Tensor]:
     """Rates tried and the block's error at each, [2, probes] a unit: pruned alone, on the inputs it has now."""
-    pruner: Pruner = registry.get("pruner", recipe.pruner)(**recipe.pruner_options)
+    pruner: Pruner = recipe.build("pruner")
     positions = sampled_positions(recipe.error_tokens, stream.samples * stream.length, recipe.seed)
     statistics, _ = observe(block, pruner, list(block.linears), stream)
     whole = stream.sample_of(block, positions)

@@ -41,23 +41,22 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     model.choose_device(recipe.device)
     if output and not resume:
         check_output(output, overwrite)
-    config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
     if output and isinstance(source, str) and output.resolve() == Path(source).expanduser().resolve():
         raise LosaError(f"output {str(output)!r} is the model itself: name another folder")
+    config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
     whole = model.skeleton(config) if isinstance(source, str) else source
     blocks = model.prunable(whole, recipe)
     if recipe.structured:
         structure.check(blocks)
         rehearse(config, recipe)
-    names = [name for block in blocks for name in block.linears]
-    wanted = model.targeted(names, recipe) if recovery.trains else set()
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    wanted = model.targeted(list(linears), recipe) if recovery.trains else set()
     modules = {name for name, _ in whole.named_modules()}
     if not recovery.merges and (inside := sorted(wanted - modules)):
         raise LosaError(
             f"recovery {recipe.recovery!r} keeps its pairs beside the linears, and {inside[0]} is none in the saved "
             "model, which holds all experts as one: choose targets without experts, or losa"
         )
-    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
     useful = max((min(linears[name].weight.shape) for name in wanted), default=0)
     if recovery.trains and recipe.mean_rank_at(recipe.steps) > useful:
         raise LosaError(

@@ -159,7 +159,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
 
 def _statistics(block: model.Block, recipe: Recipe) -> int:
     """Bytes of the pruner's statistics of a block, one for each width of input at least."""
-    pruner = registry.get("pruner", recipe.pruner)(**recipe.pruner_options)
+    pruner = recipe.build("pruner")
     total = 0
     for linear in block.linears.values():
         with torch.device("meta"):

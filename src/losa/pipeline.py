@@ -117,7 +117,7 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
     dense = remember_dense(subject, recipe, inputs, run)
     subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.trains else 0)
     if recipe.structured:
-        structure.prepare(subject.blocks, pruner_of(recipe))
+        structure.prepare(subject.blocks, recipe.build("pruner"))
     state = restore(subject, run)
 
     for step in range(max(1, state.done), recipe.steps + 1):
@@ -179,7 +179,7 @@ def allocate(
     subject: Subject, recipe: Recipe, step: int, inputs: Inputs, dense: Dense, state: State, run: Run
 ) -> dict[str, float]:
     """Sparsity by unit (blocks or linears, by their names), from the merged model as it stands (equations 4, 5, 6, 8)."""
-    allocator = registry.get("allocator", recipe.allocator)(**recipe.allocator_options)
+    allocator = recipe.build("allocator")
     pattern, target = recipe.kept, recipe.sparsity_at(step)
     units = evidence.units_of(subject.blocks, recipe.rates_per)
     counts = [unit.weights for unit in units]
@@ -204,7 +204,7 @@ def prune(
 
     Returns the blocks' reconstruction errors, and the experts that no calibration token reached.
     """
-    pruner = pruner_of(recipe)
+    pruner = recipe.build("pruner")
     unreached: list[str] = []
     if pruner.needs_gradients:
         unreached = prune_by_gradients(subject, recipe, step, rates, inputs, pruner, run)
@@ -247,11 +247,6 @@ def experts_of(missed: list[str], run: Run) -> list[str]:
     if names:
         run.say(f"no calibration token reached {', '.join(names)}: pruned by the weights alone")
     return names
-
-
-def pruner_of(recipe: Recipe) -> Any:
-    """The pruner, with its options: a Pruner, or a StructuredPruner where the pattern is that."""
-    return registry.get("pruner", recipe.pruner)(**recipe.pruner_options)
 
 
 def set_ranks(subject: Subject, recipe: Recipe, step: int, errors: list[float]) -> list[int]:

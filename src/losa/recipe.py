@@ -134,7 +134,7 @@ class Recipe:
                 if f.name in options:
                     _check_type(f"{kind}_options.{f.name}", options[f.name], f.type)
             try:
-                cls(**options)
+                self.build(kind)
             except LosaError as error:
                 raise LosaError(f"{kind}_options: {error}") from None
         self._check_what_pruner_reads()
@@ -206,6 +206,10 @@ class Recipe:
                 )
             least = "at least 2: a loss needs a next token"
             _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, least)
+
+    def build(self, kind: Literal["pruner", "allocator"]) -> Any:
+        """The pruner (of single weights, or where the pattern is structured, of heads) or allocator, with its options."""
+        return registry.get(kind, getattr(self, kind))(**getattr(self, f"{kind}_options"))
 
     @property
     def structured(self) -> bool:

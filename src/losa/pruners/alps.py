@@ -10,7 +10,7 @@ from losa import masks
 from losa.errors import LosaError
 from losa.patterns import Amount
 from losa.pruners.base import Pruner, Statistic
-from losa.pruners.sparsegpt import ATTEMPTS, Gram
+from losa.pruners.sparsegpt import Gram, damped, finite
 
 # Every so many iterations rho follows how much the support moved: (moved weights per kept weight above which, factor).
 EVERY = 3
@@ -62,7 +62,7 @@ class ALPS(Pruner):
     ) -> tuple[Tensor, Tensor]:
         """Works in the coordinates W diag(X^T X)^1/2, where the Hessian has a unit diagonal and one rho suits every column."""
         gram = Gram.require(statistic, weight.shape[1])
-        if not bool(weight.isfinite().all()):
+        if not finite(weight):
             raise LosaError("ALPS was given weights that hold NaN or infinity")
         hessian, scale = self._hessian(gram)
         dense = weight.float().contiguous() * scale
@@ -73,7 +73,7 @@ class ALPS(Pruner):
         found, mask = self._support(dense, hessian, first, within, amount)
         pruned = self._solve(found.masked_fill_(~mask, 0), dense, hessian, mask) / scale
         pruned.masked_fill_(~mask, 0)  # no -0
-        if not bool(pruned.isfinite().all()):
+        if not finite(pruned):
             raise LosaError("ALPS made weights that are not finite: the weights or the inputs are too large")
         return pruned, mask
 
@@ -81,14 +81,10 @@ class ALPS(Pruner):
         """The damped Gram matrix scaled to a unit diagonal, fp32 [in, in], and the root of that diagonal, [in]."""
         total = gram.total / gram.sequences
         diagonal = total.diagonal()
-        if not bool(total.isfinite().all()):
+        if not finite(total):
             raise LosaError("ALPS's calibration inputs hold NaN or infinity, or overflow in their squares")
         mean = diagonal.mean().item() or 1.0  # silent inputs: any weights do, and the large ones are kept
-        added = 0.0
-        for attempt in range(ATTEMPTS):
-            goal = self.damp * mean * 10**attempt
-            diagonal += goal - added
-            added = goal
+        for added in damped(diagonal, self.damp * mean):  # noqa: B007  (said below)
             scale = diagonal.sqrt()
             hessian = total / scale / scale.unsqueeze(1)
             # not positive definite, as rounding may leave it, conjugate gradients would run away

@@ -1,5 +1,6 @@
 """SparseGPT: prune a column at a time and let later columns make up for it (Frantar, Alistarh, arXiv 2301.00774)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,7 @@ class SparseGPT(Pruner):
         if isinstance(amount, NM):  # a block must not cut a group; otherwise it plays no part then
             amount.check(weight.shape[1])
             width = max(amount.m, width - width % amount.m)
-        if not _finite(weight):
+        if not finite(weight):
             raise LosaError("SparseGPT was given weights that hold NaN or infinity")
         upper, dead = self._factor(gram)
         # Transposed, a column is contiguous and a block of columns is a view: everything below is in place.
@@ -83,35 +84,41 @@ class SparseGPT(Pruner):
             columns[behind].addmm_(upper[span, behind].t(), errors, alpha=-1)
         # Plus zero, for what is negative times False is minus zero; masked_fill_ takes three times as long.
         pruned = columns.t().contiguous().mul_(mask).add_(0.0)
-        if not _finite(pruned):
+        if not finite(pruned):
             raise LosaError("SparseGPT made weights that are not finite: the weights or the inputs are too large")
         return pruned, mask
 
     def _factor(self, gram: Gram) -> tuple[Tensor, Tensor]:
         """U [in, in] fp32, upper, with U^T U the inverse of the damped Hessian; and the dead columns, bool [in]."""
         hessian = gram.total * (2 / gram.sequences)
-        if not _finite(hessian):
+        if not finite(hessian):
             raise LosaError("SparseGPT's calibration inputs hold NaN or infinity, or overflow in their squares")
         diagonal = hessian.diagonal()
         dead = diagonal == 0
         diagonal[dead] = 1
         mean = diagonal.mean().item()
-        added = 0.0
-        for attempt in range(ATTEMPTS):
-            target = self.damp * mean * 10**attempt
-            diagonal += target - added
-            added = target
+        for added in damped(diagonal, self.damp * mean):  # noqa: B007  (said below)
             # H = R R^T with R upper is the Cholesky factorisation read from the other end; then U = R^-1. It is the
             # same U as the factor of an explicit inverse, from one factorisation, and with no inverse to round.
             lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
             if not int(failed):
                 upper = torch.eye(len(dead), dtype=hessian.dtype, device=hessian.device).t()  # solved in place
                 torch.linalg.solve_triangular(lower.flip(0, 1), upper, upper=True, out=upper)
-                if _finite(upper):
+                if finite(upper):
                     return upper, dead
         raise LosaError(
             f"SparseGPT's Hessian does not factorise, even damped by {added:.3g}: take more calibration data or damp"
         )
+
+
+def damped(diagonal: Tensor, least: float) -> Iterator[float]:
+    """Adds `least` to `diagonal` in place, then ten times as much, and so on; yields how much is added by now."""
+    added = 0.0
+    for attempt in range(ATTEMPTS):
+        goal = least * 10**attempt
+        diagonal += goal - added
+        added = goal
+        yield added
 
 
 def _spans(start: int, stop: int, width: int) -> list[slice]:
@@ -149,6 +156,6 @@ def _prune_columns(
             columns[behind].addmm_(factor[last, behind].t(), errors[last], alpha=-1)
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Without the mask that isfinite() makes, which takes twenty times as long."""
+def finite(tensor: Tensor) -> bool:
+    """Whether all of it is: without the mask that isfinite() makes, which takes twenty times as long."""
     return bool(torch.stack([tensor.amin(), tensor.amax()]).isfinite().all())
