@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format package clean
 
 demo: .venv/ready
 	$(BIN)/losa demo --output losa-demo --overwrite
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check
@@ -18,6 +18,12 @@ lint: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# A wheel and an sdist in dist/; both are installed into clean environments, where they must pass the demo.
+package: .venv/ready
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python scripts/try_package.py dist/*.whl dist/*.tar.gz
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

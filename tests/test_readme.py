@@ -40,3 +40,12 @@ def test_files_are_there() -> None:
     assert len(named) > 10
     for name in named:
         assert (ROOT / name).exists() or (ROOT / "src" / "losa" / name).exists(), name
+
+
+def test_every_file_is_named() -> None:
+    """The table of where things are is the layout on disk."""
+    table = README.partition("## How it is made")[2]
+    for path in sorted((ROOT / "src" / "losa").iterdir()):
+        name = f"{path.name}/" if path.is_dir() else path.name
+        if not name.startswith("__") and name != "py.typed":
+            assert f"`{name}`" in table, f"{name} is not in README's table"
