@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,7 +110,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     from losa import recipe
 
     began = time.monotonic()
-    result = losa.compress("demo", recipe.load("demo", settings))
+    with tempfile.TemporaryDirectory() as folder:  # a LoRA kept apart has nowhere else to stay
+        result = losa.compress("demo", recipe.load("demo", settings), Path(folder) / "run")
     found = result.measurements
     return {
         "dense": found["dense"]["perplexity"],
