@@ -419,7 +419,7 @@ def test_just_enough_and_one_too_few(write: Callable[..., str], tokenizer: PreTr
     assert data.calibration_tokens(path, tokenizer, 9, 11, seed=0).shape == (9, 11)
     with pytest.raises(LosaError, match=r"a.json' has 99 tokens of text, 10 sequences of 10 need 100"):
         data.calibration_tokens(path, tokenizer, 10, 10, seed=0)
-    with pytest.raises(LosaError, match="has 0 tokens of text"):
+    with pytest.raises(LosaError, match="gives 0 tokens to evaluate on"):
         data.calibration_tokens(write("b.json", []), tokenizer, 1, 10, seed=0)
 
 
@@ -566,12 +566,12 @@ def test_evaluation_joins_rows_with_blank_lines(write: Callable[..., str]) -> No
 
 
 def test_too_short_to_evaluate(write: Callable[..., str], tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(LosaError, match="has 1 tokens of text to evaluate on, at least 2 are needed"):
+    with pytest.raises(LosaError, match="gives 1 tokens to evaluate on, less than one window of 2"):
         data.evaluation_tokens(write("a.txt", "x"), tokenizer)
-    with pytest.raises(LosaError, match="has 0 tokens of text"):
+    with pytest.raises(LosaError, match="gives 0 tokens to evaluate on"):
         data.evaluation_tokens(write("b.json", [{"text": ""}, {"text": " "}]), tokenizer)
-    with pytest.raises(LosaError, match="has 5 tokens of text to evaluate on, at least 9 are needed"):
-        data.evaluation_tokens(write("a.txt", "hello"), tokenizer, least=9)
+    with pytest.raises(LosaError, match="gives 5 tokens to evaluate on, less than one window of 9"):
+        data.evaluation_tokens(write("a.txt", "hello"), tokenizer, window=9)
 
 
 def test_demo_documents_are_joined_with_the_end_token(

@@ -66,13 +66,34 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_argument("--quiet", action="store_true", help="no progress")
     _add_settings(compress)
 
-    evaluate = command("evaluate", _evaluate, "perplexity of a model, sparse or dense")
-    evaluate.add_argument("model", metavar="MODEL")
-    evaluate.add_argument("--data", required=True, help="c4, wikitext2, demo:test, a hub name or a local file")
-    evaluate.add_argument("--tokens", type=int, default=0, help="read only so many tokens (default: all)")
-    evaluate.add_argument(
+    evaluate = command("evaluate", _evaluate, "perplexity, zero-shot tasks, and texts of a model, sparse or dense")
+    evaluate.add_argument("model", metavar="MODEL", help="local folder, name on the hub, or demo (the built-in model)")
+    about_text = evaluate.add_argument_group("perplexity")
+    about_text.add_argument("--data", default="", help="c4, wikitext2, demo:test, a hub name or a local file")
+    about_text.add_argument("--tokens", type=int, default=0, help="read only so many tokens (default: all)")
+    about_text.add_argument(
         "--window", type=int, default=0, help="tokens read at once (default: the model's, 4096 at most)"
     )
+    about_text.add_argument(
+        "--stride", type=int, default=0,
+        help="begin a window every so many tokens; what an earlier one saw is context only (default: they do not overlap)",
+    )  # fmt: skip
+    about_tasks = evaluate.add_argument_group("zero-shot tasks, through lm-evaluation-harness")
+    about_tasks.add_argument(
+        "--tasks", metavar="NAME,NAME", default="",
+        help="hellaswag, winogrande, boolq, openbookqa, piqa, arc_easy, arc_challenge; paper (these seven); demo-next-line; "
+        "or a definition of the harness (FILE.yaml)",
+    )  # fmt: skip
+    about_tasks.add_argument(
+        "--task-data", metavar="NAME=PATH", action="append", default=[],
+        help="rows of a task: a file, or a folder with them, as the hub or their authors publish them (default: the hub)",
+    )  # fmt: skip
+    about_tasks.add_argument("--limit", type=int, default=0, help="ask only so many questions a task (default: all)")
+    about_tasks.add_argument("--batch-size", type=int, default=8, help="answers read at once (default: 8)")
+    about_texts = evaluate.add_argument_group("texts side by side")
+    about_texts.add_argument("--against", metavar="DENSE", default="", help="the model to compare with")
+    about_texts.add_argument("--prompts", metavar="FILE", default="", help="a prompt a line (.txt) or a row")
+    about_texts.add_argument("--new-tokens", type=int, default=64, help="tokens to write after each (default: 64)")
     for name in ("device", "dtype"):
         evaluate.add_argument(f"--{name}", default="auto", help=_settings()[name].metadata["doc"])
 
@@ -176,24 +197,70 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     settings = recipe.load(None, {"device": args.device, "dtype": args.dtype})
-    if min(args.tokens, args.window) < 0 or 1 in (args.tokens, args.window):
-        raise LosaError("--tokens and --window are counts of tokens: at least 2, or 0 for the default")
     _quiet_libraries()
-    from losa import data, evaluate, model, sources
+    from losa import evaluate
 
-    sources.check_source(args.data, "evaluate")
-    config = model.load_config(args.model)
-    tokenizer = model.load_tokenizer(args.model, config)
-    tokens = data.evaluation_tokens(args.data, tokenizer)
-    tokens = tokens[: args.tokens] if args.tokens else tokens
-    subject = model.subject_of(model.load(args.model, settings), tokenizer, args.model, settings)
-    if args.window > subject.longest:
-        raise LosaError(f"--window is {args.window}: the model reads at most {subject.longest} tokens")
-    window = args.window or subject.window
-    found = {"perplexity": evaluate.perplexity(subject.model, tokens, window), "tokens": len(tokens), "window": window}
+    names = [field.name for field in dataclasses.fields(evaluate.Questions)]
+    given = {name: getattr(args, name) for name in names}
+    given["tasks"] = [name for name in args.tasks.split(",") if name]
+    given["task_data"] = dict(_pair(text) for text in args.task_data)
+    found = evaluate.answer(args.model, evaluate.Questions(**given), settings, args.json or not sys.stderr.isatty())
     if not args.json:
-        print(f"perplexity {found['perplexity']:.4f} over {len(tokens):,} tokens of {args.data}, windows of {window}")
-    return {"model": args.model, "data": args.data, **found}
+        _print_answers(found)
+    return found
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise LosaError(f"--task-data {text}: expected NAME=PATH")
+    return name, value
+
+
+def _print_answers(found: dict[str, Any]) -> None:
+    if "perplexity" in found:
+        windows = f"windows of {found['window']}" + (f" every {found['stride']}" if found["stride"] else "")
+        print(f"perplexity {found['perplexity']:.4f} over {found['tokens']:,} tokens of {found['data']}, {windows}")
+    if tasks := found.get("tasks"):
+        metrics = list(dict.fromkeys(key for scores in tasks.values() for key in scores if key not in ("rows", "cut")))
+        rows = [("", "questions", *(key.replace("acc_norm_stderr", "±").replace("acc_stderr", "±") for key in metrics))]
+        for name, scores in tasks.items():
+            rows.append((name, f"{scores['rows']:,}", *(_score(scores.get(key)) for key in metrics)))
+        if len(tasks) > 1:
+            rows.append(("mean", "", *(_score(found["mean"].get(key)) for key in metrics)))
+        print_table(rows)
+        for name, scores in tasks.items():
+            if scores["cut"]:
+                print(
+                    f"{name}: {scores['cut']} questions with an answer are longer than the model reads: cut at the front"
+                )
+    if comparison := found.get("comparison"):
+        _print_comparison(found["model"], comparison)
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _print_comparison(name: str, found: dict[str, Any]) -> None:
+    """Two columns as wide as the terminal allows."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(Text(found["against"]), Text(name), show_lines=True, expand=True)
+    for line in found["prompts"]:
+        table.add_section()
+        table.add_row(
+            Text(line["prompt"], "bold"), Text(f"same words {line['same']}, agreement {line['agreement']:.1%}")
+        )
+        table.add_row(Text(line["dense"]), Text(line["sparse"]))
+    Console().print(table)
+    of = found["perplexity"]
+    print(
+        f"agreement {found['agreement']:.1%} of the tokens of {found['against']}; perplexity of the texts under it: "
+        f"{of['dense']:.3f} its own, {of['sparse']:.3f} those of {name}"
+    )
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:

@@ -125,10 +125,11 @@ def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
     }
 
 
-def evaluation_tokens(source: str, tokenizer: "PreTrainedTokenizerBase", least: int = 2) -> Tensor:
+def evaluation_tokens(source: str, tokenizer: "PreTrainedTokenizerBase", window: int = 2, limit: int = 0) -> Tensor:
     """int64 [tokens]: all text of a source, its rows joined with blank lines as perplexity on WikiText-2 has it.
 
-    Documents of the demo are joined with the end token, as its model knows them. Raises LosaError below `least` tokens.
+    Of it only the first `limit` tokens if that is not 0. Documents of the demo are joined with the end token, as its
+    model knows them. Raises LosaError if that is less than one window of `window` tokens.
     """
     texts = [row.prompt + row.answer for row in load_rows(source, "evaluate", tokenizer)]
     if place_of(source) == "demo":
@@ -137,8 +138,12 @@ def evaluation_tokens(source: str, tokenizer: "PreTrainedTokenizerBase", least: 
     else:
         text = "\n\n".join(texts)
         ids = _encode([text], tokenizer)[0] if text.strip() else []
-    if len(ids) < least:
-        raise LosaError(f"{source!r} has {len(ids)} tokens of text to evaluate on, at least {least} are needed")
+    ids = ids[:limit] if limit else ids
+    if len(ids) < window:
+        raise LosaError(
+            f"{source!r} gives {len(ids)} tokens to evaluate on, less than one window of {window}: "
+            "read more text, or take a shorter window"
+        )
     return torch.tensor(ids)
 
 

@@ -1,35 +1,129 @@
-"""How good a model is: perplexity."""
+"""How good a model is: perplexity, zero-shot tasks, and what it writes beside the dense model."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from losa import compare, data, model, sources
 from losa.errors import LosaError
+from losa.recipe import Recipe
+from losa.tasks import harness
 
 BATCH_TOKENS = 4096
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokens: Tensor, window: int) -> float:
-    """Perplexity over whole, non-overlapping windows of `tokens` (int64 [tokens]), as published for WikiText-2.
+def perplexity(model: Any, tokens: Tensor, window: int, stride: int = 0) -> float:
+    """Perplexity of `tokens` (int64 [tokens]), read in windows that each start without context.
 
-    Each window starts without context; what does not fill one is left out, unless there is no more than that. Losses
-    in fp32, their sum in float64. Raises LosaError below 2 tokens, and if the model's output is not a number.
+    stride 0: whole, non-overlapping windows, as published for WikiText-2; what does not fill one is left out. Otherwise a
+    window begins every `stride` tokens and only what the one before it has not seen counts in it, so that every token but
+    the first counts once, with `window - stride` tokens before it at least: slower, and lower, since less is read without
+    context. Losses in fp32, their sum in float64.
+    Raises LosaError for less than one window, a stride that skips tokens, and if the model's output is not a number.
     """
-    if len(tokens) < 2:
-        raise LosaError(f"perplexity needs 2 tokens of text at least, not {len(tokens)}")
-    window = min(window, len(tokens))
-    device = next(model.parameters()).device
-    windows = tokens[: len(tokens) // window * window].view(-1, window)
-    total = 0.0
-    for batch in windows.split(max(1, BATCH_TOKENS // window)):
-        ids = batch.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        total += losses.double().sum().item()
+    if not 2 <= window <= len(tokens):
+        raise LosaError(
+            f"perplexity needs a window of 2 tokens at least and text that fills it: {len(tokens)} tokens, window {window}"
+        )
+    if not 0 <= stride < window:
+        raise LosaError(
+            f"stride is {stride}: must be at least 1 and below the window ({window}), or 0 for windows that do not overlap"
+        )
+    windows = tokens.unfold(0, window, stride or window)
+    parts = [(windows, window - 1)]  # and how many of each window's last tokens count
+    if stride:
+        parts = [(windows[:1], window - 1), (windows[1:], stride)]
+        if rest := (len(tokens) - window) % stride:
+            parts.append((tokens[None, len(windows) * stride :], rest))
+    total = sum(_loss(model, part, counted) for part, counted in parts)
     if not math.isfinite(total):
         raise LosaError("the model's output is not a number: the weights are damaged or overflow in this dtype")
-    return math.exp(min(700.0, total / (len(windows) * (window - 1))))
+    return math.exp(min(700.0, total / sum(len(part) * counted for part, counted in parts)))
+
+
+def _loss(model: Any, windows: Tensor, counted: int) -> float:
+    """Sum of the losses of the last `counted` tokens of each window; windows int64 [windows, tokens]."""
+    device = next(model.parameters()).device
+    total = 0.0
+    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+        ids = batch.to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, -counted - 1 : -1]
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, -counted:].flatten(), reduction="none")
+        total += losses.double().sum().item()
+    return total
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is to be found out about a model; whatever is empty is not asked."""
+
+    data: str = ""  # text for perplexity: of it `tokens` (0: all), in windows of `window` (0: the model's) by `stride`
+    tokens: int = 0
+    window: int = 0
+    stride: int = 0
+    tasks: Sequence[str] = ()  # as `harness.expand` takes them
+    task_data: dict[str, str] = field(default_factory=dict)
+    limit: int = 0  # questions of each task; 0: all
+    batch_size: int = 8
+    against: str = ""  # the dense model that writes on from the same prompts, `new_tokens` at most
+    prompts: str = ""
+    new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        """Raise LosaError for what cannot be asked together."""
+        if not (self.data or self.tasks or self.prompts):
+            raise LosaError("nothing to evaluate: name --data for perplexity, --tasks, or --against and --prompts")
+        if bool(self.against) != bool(self.prompts):
+            raise LosaError(
+                "--against names the dense model and --prompts the file of what both write on from: give both"
+            )
+        if self.task_data and not self.tasks:
+            raise LosaError("--task-data is for --tasks: name the tasks, too")
+        if (self.tokens or self.window or self.stride) and not self.data:
+            raise LosaError("--tokens, --window and --stride are about perplexity: name its text with --data")
+        if min(self.tokens, self.window) < 0 or 1 in (self.tokens, self.window):
+            raise LosaError("--tokens and --window are counts of tokens: at least 2, or 0 for the default")
+        if min(self.batch_size, self.new_tokens) < 1 or min(self.limit, self.stride) < 0:
+            raise LosaError("--batch-size and --new-tokens are at least 1, --limit and --stride at least 0")
+
+
+def answer(source: str, asked: Questions, recipe: Recipe, quiet: bool = True) -> dict[str, Any]:
+    """What was asked of the model `source`: "perplexity"; "tasks" and "mean" as `harness.run` has them; "comparison" as `compare` has it.
+
+    recipe: device and dtype are read. Everything that can be known to be wrong is, before a model loads.
+    """
+    if asked.data:
+        sources.check_source(asked.data, "evaluate")
+    names = harness.expand(asked.tasks, asked.task_data)
+    config = model.load_config(source)
+    tokenizer = model.load_tokenizer(source, config)
+    found: dict[str, Any] = {"model": source}
+    if asked.data:
+        window = model.reading_window(config, asked.window)
+        if asked.stride >= window:
+            raise LosaError(f"--stride is {asked.stride}: must be below the window of {window} tokens")
+        tokens = data.evaluation_tokens(asked.data, tokenizer, window, asked.tokens)
+    if asked.prompts:
+        prompts = compare.read_prompts(asked.prompts, tokenizer, model.longest_text(config), asked.new_tokens)
+        compare.check_tokenizers(source, tokenizer, asked.against)
+    prepared = harness.prepare(names, asked.task_data)
+    subject = model.load(source, recipe)
+    model.check_finite(subject)
+    if asked.data:
+        found |= {"data": asked.data, "tokens": len(tokens), "window": window, "stride": asked.stride}
+        found["perplexity"] = perplexity(subject, tokens, window, asked.stride)
+    if prepared:
+        found |= harness.run(subject, tokenizer, prepared, asked.limit, asked.batch_size, quiet)
+    if asked.prompts:
+        dense = model.load(asked.against, recipe)
+        model.check_finite(dense)
+        found["comparison"] = {"against": asked.against} | compare.compare(
+            subject, dense, tokenizer, prompts, asked.new_tokens
+        )
+    return found

@@ -64,13 +64,14 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
             ": lower mean_rank or rank_growth"
         )
     limit = model.longest_text(config)
+    model.reading_window(config, recipe.eval_window)
     for name in ("sequence_length", "train_length"):
         if getattr(recipe, name) > limit:
             raise LosaError(f"{name} is {getattr(recipe, name)}: the model reads at most {limit} tokens: lower it")
     return config
 
 
-def read(recipe: Recipe, tokenizer: Any) -> Inputs:
+def read(recipe: Recipe, tokenizer: Any, config: Any) -> Inputs:
     """All text as tokens, so that too little of it is known before the model loads."""
     trains = registry.get("recovery", recipe.recovery).trains
     tokens = data.calibration_tokens(
@@ -83,9 +84,10 @@ def read(recipe: Recipe, tokenizer: Any) -> Inputs:
         if trains
         else []
     )
-    evaluation = data.evaluation_tokens(recipe.eval_data, tokenizer) if recipe.eval_data else None
-    if evaluation is not None and recipe.eval_tokens:
-        evaluation = evaluation[: recipe.eval_tokens]
+    evaluation = None
+    if recipe.eval_data:
+        window = model.reading_window(config, recipe.eval_window)
+        evaluation = data.evaluation_tokens(recipe.eval_data, tokenizer, window, recipe.eval_tokens)
     return Inputs(tokens, examples, evaluation)
 
 

@@ -56,15 +56,6 @@ class Subject:
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return int(pad if pad is not None else end)
 
-    @property
-    def longest(self) -> float:
-        return longest_text(self.model.config)
-
-    @property
-    def window(self) -> int:
-        """Tokens read at once for perplexity: all the model can, at most 4096 (the paper's)."""
-        return int(min(4096, self.longest))
-
     def wrap(self, make: Callable[[nn.Linear, int, float], "MaskedLinear"], recipe: Recipe, max_rank: int) -> None:
         """Put a masked linear in the place of every prunable one; those the recipe targets can hold ranks up to `max_rank`.
 
@@ -302,6 +293,17 @@ def config_of(loaded: Any, recipe: Recipe) -> Any:
 def longest_text(config: Any) -> float:
     """The most tokens a model reads at once; infinite if its positions have no end."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def reading_window(config: Any, wanted: int = 0) -> int:
+    """Tokens read at once for perplexity: `wanted`, or with 0 all the model can, at most 4096 (the paper's).
+
+    Raises LosaError for more than the model reads.
+    """
+    longest = longest_text(config)
+    if wanted > longest:
+        raise LosaError(f"a window of {wanted} tokens: the model reads at most {longest}")
+    return wanted or int(min(4096, longest))
 
 
 def load_tokenizer(source: str, config: Any) -> Any:

@@ -102,7 +102,7 @@ def compress(
             run.resume(recipe, name)
             if run.finished:
                 return finished(run, recipe, tokenizer)
-        inputs = read(recipe, tokenizer)
+        inputs = read(recipe, tokenizer, config)
         loaded = model.load(source, recipe) if isinstance(source, str) else source
         subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
@@ -304,7 +304,8 @@ def measure(subject: Subject, recipe: Recipe, inputs: Inputs) -> float | None:
     """Perplexity on the evaluation text, None without one."""
     if inputs.evaluation is None:
         return None
-    return evaluate.perplexity(subject.model, inputs.evaluation, subject.window)
+    window = model.reading_window(subject.model.config, recipe.eval_window)
+    return evaluate.perplexity(subject.model, inputs.evaluation, window)
 
 
 def counted(bits: dict[str, Tensor], subject: Subject) -> dict[str, Any]:

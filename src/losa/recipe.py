@@ -91,6 +91,9 @@ class Recipe:
     base_rank: int = setting(8, "see alpha")
     eval_data: str = setting("", "text for perplexity before and after; empty measures none")
     eval_tokens: int = setting(0, "tokens of eval_data that are read; 0 reads all")
+    eval_window: int = setting(
+        0, "tokens of eval_data that are read at once; 0 is all the model can read, 4096 at most (the paper's)"
+    )
     checkpoint_minutes: float = setting(5.0, "minutes between checkpoints during recovery")
     seed: int = setting(0, "seed of everything random")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
@@ -143,9 +146,10 @@ class Recipe:
         for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip"]:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require(self.mean_rank >= 1, "mean_rank", self.mean_rank, "at least 1: every adapted linear has a rank")
-        for name in ("rank_growth", "error_tokens", "weight_decay", "eval_tokens", "checkpoint_minutes"):
+        for name in ("rank_growth", "error_tokens", "weight_decay", "eval_tokens", "eval_window", "checkpoint_minutes"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require(self.eval_tokens != 1, "eval_tokens", self.eval_tokens, "at least 2, or 0 for all")
+        _require(self.eval_window != 1, "eval_window", self.eval_window, "at least 2, or 0 for the model's")
         for name in ("warmup", "last_step_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(

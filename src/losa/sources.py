@@ -84,7 +84,7 @@ def check_source(source: str, purpose: Purpose | None = None) -> None:
     if purpose:
         _check_purpose(source, purpose)
     if place == "file":
-        for where, record in _read(Path(source).expanduser(), "calibrate"):
+        for where, record in read_records(Path(source).expanduser(), "calibrate"):
             _format(record, where)
             return
         raise LosaError(f"{source!r} is empty")
@@ -101,7 +101,7 @@ def load_rows(source: str, purpose: Purpose, tokenizer: "PreTrainedTokenizerBase
     if place == "demo":
         return (Row("", document.text) for document in corpus.standard_library()[str(SOURCES[source])])
     if place == "file":
-        records = _read(Path(source).expanduser(), purpose)
+        records = read_records(Path(source).expanduser(), purpose)
     else:
         records = _read_hub(source, purpose)
         if source == "wikitext2" and purpose != "evaluate":
@@ -139,7 +139,7 @@ def place_of(source: str) -> Literal["demo", "named", "file", "hub"]:
     raise registry.unknown("data source", source, [*SOURCES, "FILE" + "|".join(SUFFIXES), "OWNER/NAME[:SPLIT]"])
 
 
-def _read(path: Path, purpose: Purpose) -> Iterator[tuple[str, Any]]:
+def read_records(path: Path, purpose: Purpose) -> Iterator[tuple[str, Any]]:
     """The records of a local file, each with the words for where it stands. Raises LosaError if it cannot be read."""
     try:
         if path.suffix == ".parquet":

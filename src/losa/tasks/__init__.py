@@ -1,0 +1,1 @@
+"""Zero-shot tasks of lm-evaluation-harness: their definitions, their rows from local files, and running them."""
