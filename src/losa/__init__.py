@@ -9,11 +9,17 @@ from losa.recipe import Recipe
 if TYPE_CHECKING:
     from losa.evaluate import perplexity
     from losa.pipeline import Result, compress
+    from losa.tasks.harness import zero_shot
 
 __version__ = "0.1.0"
-__all__ = ["LosaError", "Recipe", "Result", "compress", "perplexity"]
+__all__ = ["LosaError", "Recipe", "Result", "compress", "perplexity", "zero_shot"]
 
-_LAZY = {"compress": "losa.pipeline", "Result": "losa.pipeline", "perplexity": "losa.evaluate"}  # they import torch
+_LAZY = {  # they import torch
+    "compress": "losa.pipeline",
+    "Result": "losa.pipeline",
+    "perplexity": "losa.evaluate",
+    "zero_shot": "losa.tasks.harness",
+}
 
 loading.after_import("transformers.quantizers.auto", loading.register)
 

@@ -200,11 +200,11 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     _quiet_libraries()
     from losa import evaluate
 
-    names = [field.name for field in dataclasses.fields(evaluate.Questions)]
+    names = [field.name for field in dataclasses.fields(evaluate.Evaluation)]
     given = {name: getattr(args, name) for name in names}
     given["tasks"] = [name for name in args.tasks.split(",") if name]
     given["task_data"] = dict(_pair(text) for text in args.task_data)
-    found = evaluate.answer(args.model, evaluate.Questions(**given), settings, args.json or not sys.stderr.isatty())
+    found = evaluate.evaluate(args.model, evaluate.Evaluation(**given), settings, args.json or not sys.stderr.isatty())
     if not args.json:
         _print_answers(found)
     return found
@@ -245,15 +245,14 @@ def _score(value: float | None) -> str:
 def _print_comparison(name: str, found: dict[str, Any]) -> None:
     """Two columns as wide as the terminal allows."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(Text(found["against"]), Text(name), show_lines=True, expand=True)
+    table = Table(escape(found["against"]), escape(name), show_lines=True, expand=True)
     for line in found["prompts"]:
-        table.add_section()
-        table.add_row(
-            Text(line["prompt"], "bold"), Text(f"same words {line['same']}, agreement {line['agreement']:.1%}")
-        )
+        same = f"the first {line['same']} tokens are the same, agreement {line['agreement']:.1%}"
+        table.add_row(Text(line["prompt"], "bold"), Text(same, "italic"))
         table.add_row(Text(line["dense"]), Text(line["sparse"]))
     Console().print(table)
     of = found["perplexity"]

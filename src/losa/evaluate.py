@@ -41,7 +41,7 @@ def perplexity(model: Any, tokens: Tensor, window: int, stride: int = 0) -> floa
         parts = [(windows[:1], window - 1), (windows[1:], stride)]
         if rest := (len(tokens) - window) % stride:
             parts.append((tokens[None, len(windows) * stride :], rest))
-    total = sum(_loss(model, part, counted) for part, counted in parts)
+    total = sum(_loss(model, part, counted) for part, counted in parts if len(part))
     if not math.isfinite(total):
         raise LosaError("the model's output is not a number: the weights are damaged or overflow in this dtype")
     return math.exp(min(700.0, total / sum(len(part) * counted for part, counted in parts)))
@@ -60,7 +60,7 @@ def _loss(model: Any, windows: Tensor, counted: int) -> float:
 
 
 @dataclass(frozen=True)
-class Questions:
+class Evaluation:
     """What is to be found out about a model; whatever is empty is not asked."""
 
     data: str = ""  # text for perplexity: of it `tokens` (0: all), in windows of `window` (0: the model's) by `stride`
@@ -77,12 +77,12 @@ class Questions:
 
     def __post_init__(self) -> None:
         """Raise LosaError for what cannot be asked together."""
-        if not (self.data or self.tasks or self.prompts):
-            raise LosaError("nothing to evaluate: name --data for perplexity, --tasks, or --against and --prompts")
         if bool(self.against) != bool(self.prompts):
             raise LosaError(
                 "--against names the dense model and --prompts the file of what both write on from: give both"
             )
+        if not (self.data or self.tasks or self.prompts):
+            raise LosaError("nothing to evaluate: name --data for perplexity, --tasks, or --against and --prompts")
         if self.task_data and not self.tasks:
             raise LosaError("--task-data is for --tasks: name the tasks, too")
         if (self.tokens or self.window or self.stride) and not self.data:
@@ -93,7 +93,7 @@ class Questions:
             raise LosaError("--batch-size and --new-tokens are at least 1, --limit and --stride at least 0")
 
 
-def answer(source: str, asked: Questions, recipe: Recipe, quiet: bool = True) -> dict[str, Any]:
+def evaluate(source: str, asked: Evaluation, recipe: Recipe, quiet: bool = True) -> dict[str, Any]:
     """What was asked of the model `source`: "perplexity"; "tasks" and "mean" as `harness.run` has them; "comparison" as `compare` has it.
 
     recipe: device and dtype are read. Everything that can be known to be wrong is, before a model loads.

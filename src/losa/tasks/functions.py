@@ -37,7 +37,7 @@ def winogrande_ending(row: Row) -> str:
 
 
 def next_line_rows(rows: int, seed: int, **_: Any) -> dict[str, Any]:
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
 
     from losa.demo.next_line import questions
 

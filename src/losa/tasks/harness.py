@@ -44,7 +44,7 @@ def prepare(names: Sequence[str], task_data: Mapping[str, str]) -> dict[str, Any
     if not names:
         return {}
     try:
-        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
     except ImportError as error:
         raise LosaError(f"tasks need lm-evaluation-harness ({error}): pip install 'losa[eval]'") from None
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
@@ -54,20 +54,21 @@ def prepare(names: Sequence[str], task_data: Mapping[str, str]) -> dict[str, Any
             prepared[name] = _with_rows(manager, name, Path(task_data[name]).expanduser())
             continue
         try:
-            with _hushed():
+            with _hushed(output=True):
                 prepared |= manager.load([name])["tasks"]
         except (
             Exception
         ) as error:  # network, hub, cache and formats each have their own; the user's way out is the same
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             way_out = f"give its rows with --task-data {name}=FILE or FOLDER" if name in local.FIELDS else "mend it"
-            raise LosaError(f"task {name!r} cannot be read ({reason}): check the network, or {way_out}") from error
+            raise LosaError(
+                f"task {name!r} cannot be read ({_first_line(error)}): check the network, or {way_out}"
+            ) from error
     return prepared
 
 
 def _with_rows(manager: Any, name: str, path: Path) -> Any:
     """Our definition of a task with the rows of a local file in place of its dataset, each checked to have its answer."""
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     rows = local.rows(name, path)
 
@@ -76,8 +77,12 @@ def _with_rows(manager: Any, name: str, path: Path) -> Any:
 
     changed = {"custom_dataset": dataset, "training_split": None, "validation_split": None, "test_split": "test"}
     # a group is how the harness lets a definition be read by name and changed
-    with _hushed():
-        task = manager.load([{"group": "local", "task": [{"task": name} | changed]}])["tasks"][name]
+    spec = {"group": "local", "task": [{"task": name} | changed]}
+    try:
+        with _hushed(output=True):
+            task = manager.load([spec])["tasks"][name]
+    except Exception as error:
+        raise LosaError(f"the rows of {local.find(name, path)} do not fit {name}: {_first_line(error)}") from error
     for number, row in enumerate(task.test_docs(), 1):
         with contextlib.suppress(KeyError, ValueError, TypeError):
             # where the choices are beginnings, doc_to_text says which of them is right
@@ -91,38 +96,32 @@ def _with_rows(manager: Any, name: str, path: Path) -> Any:
     return task
 
 
+def zero_shot(
+    model: Any,
+    tokenizer: Any,
+    tasks: Iterable[str],
+    task_data: Mapping[str, str] | None = None,
+    limit: int = 0,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Scores of a loaded causal language model on tasks by name: `expand`, `prepare` and `run` in one."""
+    data = task_data or {}
+    return run(model, tokenizer, prepare(expand(tasks, data), data), limit, batch_size)
+
+
 def run(
     model: Any, tokenizer: Any, tasks: Mapping[str, Any], limit: int = 0, batch_size: int = 8, quiet: bool = True
 ) -> dict[str, Any]:
     """Scores of a loaded causal language model on prepared tasks, as the harness computes them.
 
-    Returns {"tasks": {name: {"rows", "cut", metric, metric_stderr, ...}}, "mean": {metric: mean over all tasks that have it}}.
-    limit: only the first so many questions (0: all). cut: questions whose beginning was left out, since they are longer
-    than the model reads. Log-probabilities are taken in fp32 whatever the model computes in, so that they depend on the batch
-    no more than its logits do. Raises LosaError for an answer that is longer than the model reads.
+    Returns {"tasks": {name: {"rows", "cut", metric, metric_stderr, ...}}, "mean": {metric: mean over all tasks}}, the
+    latter of metrics that every task has. limit: only the first so many questions (0: all). cut: answers that had the
+    beginning of their question left out, since both together are longer than the model reads.
+    Raises LosaError for an answer that alone is longer than that.
     """
-    from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval import evaluate  # type: ignore[import-untyped]
 
-    class Loaded(HFLM):  # type: ignore[misc]
-        """Counts what the harness would only warn of, and says what it would only assert."""
-
-        cut = 0
-
-        def _loglikelihood_tokens(self, requests: Any, *rest: Any, **named: Any) -> Any:
-            for _, context, continuation in requests:
-                if len(continuation) > self.max_length:
-                    raise LosaError(
-                        f"a choice has {len(continuation)} tokens, and the model reads at most {self.max_length}: "
-                        "this task cannot be scored on it"
-                    )
-                self.cut += len(context) + len(continuation) > self.max_length + 1
-            return super()._loglikelihood_tokens(requests, *rest, **named)
-
-    with _hushed():
-        lm = Loaded(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
-        )
+    lm = as_the_harness_reads(model, tokenizer, batch_size)
     scores: dict[str, dict[str, Any]] = {}
     for name, task in tasks.items():
         lm.cut = 0
@@ -133,13 +132,46 @@ def run(
             metric, _, kind = key.partition(",")
             if kind and isinstance(value, int | float):
                 scores[name][metric] = value
+    shared = set.intersection(*(set(score) for score in scores.values())) - {"rows", "cut"}
     means = {
         metric: sum(score[metric] for score in scores.values()) / len(scores)
-        for metric in next(iter(scores.values()))
-        if metric not in ("rows", "cut") and not metric.endswith("_stderr")
-        if all(metric in score for score in scores.values())
+        for metric in sorted(shared)
+        if not metric.endswith("_stderr")
     }
     return {"tasks": scores, "mean": means}
+
+
+def as_the_harness_reads(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """The loaded model as the harness's HFLM: its device and dtype stay as they are.
+
+    Log-probabilities are taken in fp32 whatever the model computes in, so that they depend on the batch no more than its
+    logits do; the harness alone would take them in the model's dtype.
+    """
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
+
+    class Loaded(HFLM):  # type: ignore[misc]
+        """Counts what the harness only warns of, and says what it only asserts."""
+
+        cut = 0
+
+        def _loglikelihood_tokens(self, requests: Any, *rest: Any, **named: Any) -> Any:
+            for _, context, continuation in requests:
+                if len(continuation) > self.max_length:
+                    raise LosaError(
+                        f"an answer has {len(continuation)} tokens, and the model reads at most {self.max_length}: "
+                        "this task cannot be scored on it"
+                    )
+                self.cut += len(context) + len(continuation) > self.max_length + 1
+            return super()._loglikelihood_tokens(requests, *rest, **named)
+
+    with _hushed():
+        return Loaded(
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager

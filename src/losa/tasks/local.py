@@ -84,14 +84,17 @@ def _labels(file: Path, count: int) -> list[str | None]:
 
 
 def _as_on_the_hub(task: str, row: Row) -> Row:
-    """AI2's questions hold stem and choices, the hub's have them beside; a label may be a truth value or digits."""
+    """AI2's questions hold stem and choices, the hub's have them beside; labels are numbers, or truth values, or digits."""
     if isinstance(row.get("question"), dict):
         question = row["question"]
-        choices = question.get("choices") or []
+        choices = [choice for choice in question.get("choices") or [] if isinstance(choice, dict)]
         row = row | {
             FIELDS[task][0]: question.get("stem"),
             "choices": {name: [choice.get(name) for choice in choices] for name in ("text", "label")},
         }
-    if "label" in FIELDS[task] and str(row.get("label")).lower() in ("0", "1", "true", "false"):
-        row["label"] = int(str(row["label"]).lower() in ("1", "true"))
+    answer = FIELDS[task][-1]
+    if task in ("boolq", "piqa"):
+        row[answer] = {"0": 0, "1": 1, "false": 0, "true": 1}.get(str(row.get(answer)).lower(), row.get(answer))
+    elif row.get(answer) is not None:
+        row[answer] = str(row[answer])
     return row
