@@ -132,7 +132,8 @@ def _quantize(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _counts(bits: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
     """How many weights each row of a packed mask keeps."""
-    return np.bitwise_count(bits.cpu().numpy()).sum(axis=1, dtype=np.int64)
+    counts: np.ndarray[Any, np.dtype[np.int64]] = np.bitwise_count(bits.cpu().numpy()).sum(axis=1, dtype=np.int64)
+    return counts
 
 
 def find_nm(bits: Tensor, columns: int) -> NM | None:
