@@ -104,7 +104,7 @@ def register() -> None:
         ) -> None:
             from losa.sparse import linear
 
-            self.layouts = linear.layouts_of(self.quantization_config.to_dict())
+            self.layouts = linear.read_layouts(self.quantization_config.to_dict())
             linear.check_files(checkpoint_files, self.layouts)
             linear.install(model, self.layouts)
 

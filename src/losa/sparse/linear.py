@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from losa import masks
 from losa.errors import LosaError
 from losa.loading import PACKED
 from losa.patterns import NM
 from losa.registry import unknown
 from losa.sparse import kernels
-from losa.sparse.packed import DTYPES, SUFFIXES, VERSION, Layout, Packed, check, unpack
+from losa.sparse.packed import DTYPES, SUFFIXES, VERSION, Layout, Packed, check, pack, unpack
 from losa.widths import named
 
 
@@ -45,13 +46,13 @@ class PackedLinear(nn.Module):
     @classmethod
     def of(cls, packed: Packed, like: nn.Linear) -> "PackedLinear":
         """In the place of `like`, with its bias."""
-        return cls(packed.layout, like.bias, packed.tensors()).train(like.training)
+        made = cls(packed.layout, like.bias, packed.tensors())
+        made.train(like.training)
+        return made
 
     @property
     def packed(self) -> Packed:
-        return Packed(
-            self.weight, self.weight_mask, self.weight_offsets, self.weight_scales, self.in_features, self.nm
-        )
+        return Packed(self.weight, self.weight_mask, self.weight_offsets, self.weight_scales, self.in_features, self.nm)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.multiply(x, self.packed, self.bias)
@@ -70,7 +71,8 @@ class PackedLinear(nn.Module):
             new = fn(tensor)
             return new if tensor is self.bias or new.dtype == tensor.dtype else tensor.to(new.device)
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)
+        return self
 
     def extra_repr(self) -> str:
         kept = self.packed.kept / (self.in_features * self.out_features)
@@ -100,11 +102,13 @@ def describe(layouts: dict[str, Layout]) -> dict[str, Any]:
     }
 
 
-def layouts_of(config: dict[str, Any]) -> dict[str, Layout]:
+def read_layouts(config: dict[str, Any]) -> dict[str, Layout]:
     """What `describe` wrote. Raises LosaError for another version, and for what it cannot have written."""
     if config.get("format_version") != VERSION:
         found = config.get("format_version")
-        raise LosaError(f"the model is packed in format {found!r}, this losa reads {VERSION}: use the losa that made it")
+        raise LosaError(
+            f"the model is packed in format {found!r}, this losa reads {VERSION}: use the losa that made it"
+        )
     if config.get("values") not in DTYPES:
         raise unknown("type of values", config.get("values"), DTYPES)
     values, linears, layouts = DTYPES[config["values"]], config.get("linears"), {}
@@ -119,16 +123,18 @@ def layouts_of(config: dict[str, Any]) -> dict[str, Layout]:
                 raise ValueError(entry)
             layouts[name] = Layout(rows, columns, entry["kept"], values, nm)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise LosaError(f"config.json does not describe packed linears ({error!r}): the packed model is damaged") from None
+        raise LosaError(
+            f"config.json does not describe packed linears ({error!r}): the packed model is damaged"
+        ) from None
     return layouts
 
 
-def of(config: Any) -> dict[str, Layout] | None:
+def layouts_in(config: Any) -> dict[str, Layout] | None:
     """The packed linears of a model with this configuration, None if it is not packed."""
     stored = getattr(config, "quantization_config", None)
     if stored is not None and not isinstance(stored, dict):  # of a loaded model
         stored = stored.to_dict()
-    return layouts_of(stored) if isinstance(stored, dict) and stored.get("quant_method") == PACKED else None
+    return read_layouts(stored) if isinstance(stored, dict) and stored.get("quant_method") == PACKED else None
 
 
 # ------------------------------------------------------------------------------------------------- before and after loading
@@ -199,6 +205,29 @@ def finish(whole: nn.Module, layouts: dict[str, Layout]) -> None:
             if (parameter := getattr(linear, name)) is not None:
                 parameter.requires_grad_(False)
         check(linear.packed, full, layout)
+
+
+@torch.no_grad()
+def pack_model(
+    whole: Any, bits: dict[str, Tensor], stored: torch.dtype, values: torch.dtype | None = None
+) -> dict[str, PackedLinear]:
+    """Put packed linears in the place of those of `bits` (packed masks by name), in place, and configure the model so.
+
+    stored: the type the model is saved in, in which the values are kept unless `values` is int8. What is no nn.Linear
+    (experts), or would be no smaller, stays dense. Returns those that were packed.
+    """
+    made: dict[str, PackedLinear] = {}
+    for name, mask in bits.items():
+        found: Any = named(whole, name)[1]
+        if isinstance(found, nn.Linear):
+            kept = masks.unpack(mask, found.in_features)
+            packed = pack(found.weight.to(stored), kept, values)
+            if packed.layout.bytes < found.weight.numel() * stored.itemsize:
+                made[name] = PackedLinear.of(packed, found)
+                whole.set_submodule(name, made[name])
+    if made:
+        whole.config.quantization_config = describe({name: linear.packed.layout for name, linear in made.items()})
+    return made
 
 
 def unpack_model(whole: nn.Module, dtype: torch.dtype | None = None) -> None:

@@ -19,7 +19,8 @@ VERSION = 1
 PAD = 64  # zeros behind the last value, so that a vector load that begins at a kept value ends inside the tensor
 GROUP = 256  # columns of a row that share an int8 scale
 MOST = 2**31  # kept values, which offsets of 32 bits do not reach
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, torch.int8)}
 SUFFIXES = ("weight", "weight_mask", "weight_offsets", "weight_scales")
 
 
@@ -100,7 +101,7 @@ def pack(weight: Tensor, mask: Tensor, values: torch.dtype | None = None) -> Pac
     weights are). Raises LosaError for other types, for 2^31 kept values, and for int8 of NaN or infinity.
     """
     values = weight.dtype if values is None else values
-    if values not in DTYPES.values() or not weight.is_floating_point():
+    if values not in DTYPES.values() or weight.dtype not in FLOATS:
         raise LosaError(f"a weight of {weight.dtype} cannot be packed as {values}: use {', '.join(DTYPES)}")
     if (kept := int(mask.sum())) >= MOST:
         raise LosaError(f"a linear keeps {kept} weights: 2^31 and more cannot be packed")
