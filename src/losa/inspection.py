@@ -107,10 +107,11 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     seen = sum((x.in_features + 2 * x.out_features) * experts.share_of_tokens(skeleton, name) for name, x in linears)
     saved = round(seen * rows) * size
     training = 3 * 4 * recipe.max_rank * widths + saved + rows * vocabulary * (size + 8) if adapted else 0
-    saved = parameters * size
+    stored = min(size, getattr(config.dtype, "itemsize", size))
+    saved = parameters * stored
     if recipe.format == "packed":
-        value = 1 if recipe.values == "int8" else size
-        saved -= weights * size - round(weights * (1 - recipe.sparsity)) * value - weights // 8
+        value = 1 if recipe.values == "int8" else stored
+        saved -= weights * stored - round(weights * (1 - recipe.sparsity)) * value - weights // 8
     state = weights * size + weights // 8 + 4 * recipe.max_rank * widths
     return {
         "model": type(skeleton).__name__,
@@ -134,7 +135,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         "memory_parts": {"model": base, "calibration": calibrating, "recovery": training},
         # each state is replaced by a whole new one beside it
         "saved": saved,
-        "disk": saved + weights // 8 + 2 * state + features + 3 * 4 * recipe.max_rank * widths,
+        "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * recipe.max_rank * widths,
     }
 
 

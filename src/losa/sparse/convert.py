@@ -16,7 +16,7 @@ from losa import masks, model
 from losa.checkpoint import INDEX, MASKS, SINGLE, Checkpoint, files_of, weight_bytes
 from losa.errors import LosaError
 from losa.export import load_masks
-from losa.run import FORMAT, share, sync, write_json, writing
+from losa.run import FORMAT, share, sync, write_bytes, write_json, writing
 from losa.sparse.linear import describe, layouts_in
 from losa.sparse.packed import FLOATS, SUFFIXES, Layout, Packed, pack, unpack
 from losa.widths import named
@@ -99,13 +99,14 @@ def _check(source: Path, config: Any, layouts: dict[str, Layout], form: str, val
 
 def _linears(config: Any, files: Checkpoint) -> dict[str, tuple[str, list[int]]]:
     """The prunable linears that are modules of the model and stored under their names: name and shape by key."""
-    whole = model.skeleton(config)
+    whole: Any = model.skeleton(config)
     found: dict[str, tuple[str, list[int]]] = {}
     for block in model.find_blocks(whole):
-        for name, made in block.linears.items():
+        for name in block.linears:
             key = files.key(f"{name}.weight")
-            if key is not None and named(whole, name)[1] is made:  # an expert's is a view, no module
-                found[key] = (name, list(made.weight.shape))
+            module: Any = named(whole, name)[1]
+            if key is not None and module is not None:  # an expert's linear is no module
+                found[key] = (name, list(module.weight.shape))
     return found
 
 
@@ -119,8 +120,11 @@ def _read(
     weight = files.read(f"{name}.weight")
     if list(weight.shape) != shape:
         raise LosaError(f"{name}: the weight is {list(weight.shape)}, the model wants {shape}")
-    if name not in kept:  # a zero with a sign is kept: else it would not come back
-        return weight, weight.contiguous().view(torch.uint8).view(*shape, -1).any(dim=2)
+    if name not in kept:
+        # by its bits: a zero with a sign is kept, or it would not come back
+        return weight, weight.view(
+            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
+        ) != 0
     mask = masks.unpack(kept[name], shape[1])
     if list(mask.shape) != shape or bool((weight[~mask] != 0).any()):
         raise LosaError(f"{name}: weights that {MASKS} prunes are not zero: the model was changed after pruning")
@@ -184,7 +188,9 @@ def _copy_rest(source: Path, target: Path, stored: dict[str, Any] | None) -> Non
             sync(target / path.name)
     config = json.loads((source / "config.json").read_text())
     config.pop("quantization_config", None)
-    write_json(target / "config.json", config if stored is None else config | {"quantization_config": stored})
+    if stored is not None:
+        config["quantization_config"] = stored
+    write_bytes(target / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _note(target: Path, what: dict[str, str]) -> None:
