@@ -100,6 +100,26 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "sparsity by block and linear, ranks, origin of a saved model")
     inspect.add_argument("folder", type=Path, metavar="DIR")
 
+    export = command("export", _export, "a saved model packed, or dense again: all but its linears is copied")
+    export.add_argument("folder", type=Path, metavar="DIR", help="dense with zeros, by losa or not, or packed")
+    export.add_argument("--output", type=Path, required=True, help="new folder")
+    for name in ("format", "values"):
+        setting = _settings()[name]
+        choices = "|".join(get_args(setting.type))
+        default = {"required": True} if name == "format" else {"default": setting.default}
+        export.add_argument(f"--{name}", metavar=choices, help=setting.metadata["doc"], **default)
+
+    generate = command("generate", _generate, "continue a text, printed as it is made; any model, sparse or dense")
+    generate.add_argument("model", metavar="MODEL")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=200, help="stop after so many (default: 200)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="above 0 draws tokens; 0 takes the likeliest")
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    for name in ("seed", "device", "dtype"):
+        field = _settings()[name]
+        options: dict[str, Any] = {"type": int} if name == "seed" else {}
+        generate.add_argument(f"--{name}", default=field.default, help=field.metadata["doc"], **options)
+
     demo = command("demo", _demo, "the whole method on the built-in model, without any download")
     demo.add_argument("--output", type=Path, default=Path("losa-demo"), help="new folder (default: losa-demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace the demo in --output")
@@ -192,7 +212,10 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
     )
     names = ("step", "sparsity", "mean_rank", "rows")
     print_table([names, *(tuple(str(step[name]) for name in names) for step in planned["steps"])])
-    print(f"memory at its peak, about {size(planned['memory'])}; disk, about {size(planned['disk'])}")
+    print(
+        f"memory at its peak, about {size(planned['memory'])}; disk, about {size(planned['disk'])}; the {settings.format} "
+        f"model, about {size(planned['saved'])}"
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -275,6 +298,10 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
                 f"pattern {made['pattern']}, sparsity {made['sparsity']}, pruner {made['pruner']}, allocator "
                 f"{made['allocator']}, {made['steps']} steps, recovery {made['recovery']}"
             )
+        values = f" with {found['values']} values" if "values" in found else ""
+        print(f"{found['format']}{values}, {size(found['bytes'])} on disk")
+        if "exported" in found:
+            print(f"exported from {found['exported']['from']}: what was measured there was measured before")
         rows = [("block", "linear", "weights", "sparsity", "rank")]
         for block in found["blocks"]:
             rank = "" if block["rank"] is None else str(block["rank"])
@@ -283,6 +310,33 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
                 rows.append(("", name, f"{linear['weights']:,}", _share(linear["zeros"], linear["weights"]), ""))
         print_table([*rows, ("all", "", f"{found['weights']:,}", f"{found['sparsity']:.2%}", "")])
     return found
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    for name in ("format", "values"):
+        known = get_args(_settings()[name].type)
+        if getattr(args, name) not in known:
+            raise registry.unknown(name, getattr(args, name), known)
+    _quiet_libraries()
+    from losa.sparse.convert import convert
+
+    found = convert(args.folder, args.output, args.format, args.values)
+    if not args.json:
+        print(
+            f"{found['output']}: {found['packed']} of {found['linears']} linears packed; the model takes "
+            f"{size(found['bytes'])}, took {size(found['bytes_before'])}"
+        )
+    return found
+
+
+def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    settings = recipe.load(None, {"seed": args.seed, "device": args.device, "dtype": args.dtype})
+    _quiet_libraries()
+    from losa.generation import generate
+
+    return generate(
+        args.model, args.prompt, settings, args.max_new_tokens, args.temperature, args.chat, stream=not args.json
+    )
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:

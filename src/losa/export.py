@@ -1,4 +1,4 @@
-"""The merged model out: an ordinary Hugging Face folder, dense with zeros, with masks.safetensors and losa.json beside it."""
+"""The merged model out: a Hugging Face folder, dense with zeros or packed, with masks.safetensors and losa.json beside it."""
 
 import shutil
 from pathlib import Path
@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from losa.checkpoint import MASKS, Checkpoint
 from losa.errors import LosaError
-from losa.model import Subject
+from losa.model import Subject, load_config
 from losa.recipe import Recipe
-from losa.run import FORMAT, Run, sync, versions, write_json, writing
+from losa.run import FORMAT, Run, share, sync, versions, write_json, writing
+from losa.sparse.linear import layouts_in
 
 
 def save(
@@ -23,7 +25,8 @@ def save(
 ) -> Path | None:
     """Write everything into run/export, then move it into place; losa.json, written last, says that it is whole.
 
-    bits: keep-masks by linear, packed, or the rows and columns that `shrink` kept. pairs: (A [r, in], B [out, r]) by linear if they do not merge. Raises LosaError
+    bits: keep-masks by linear, packed, or the rows and columns that `shrink` kept, without those that packed linears
+    hold. pairs: (A [r, in], B [out, r]) by linear if they do not merge. Raises LosaError
     if the disk refuses.
     """
     if run.output is None:
@@ -37,9 +40,8 @@ def save(
         subject.model.save_pretrained(staging)
         _name_architecture(subject.model.config, staging)
         subject.tokenizer.save_pretrained(staging)
-        save_file(
-            {name: mask.cpu() for name, mask in bits.items()}, staging / "masks.safetensors", {"losa": str(FORMAT)}
-        )
+        if bits:
+            save_file({name: mask.cpu() for name, mask in bits.items()}, staging / MASKS, {"losa": str(FORMAT)})
         if pairs is not None:
             _save_adapter(staging / "adapter", pairs, recipe, subject.source)
         summary = {
@@ -54,7 +56,7 @@ def save(
         run.claim([path.name for path in staging.iterdir()])
         for path in sorted(staging.iterdir(), key=lambda p: p.name == "losa.json"):
             for file in path.iterdir() if path.is_dir() else [path]:
-                file.chmod(0o666 & ~run.umask)  # safetensors makes files that only their owner reads
+                share(file)
                 sync(file)
             if path.is_dir():
                 shutil.rmtree(run.output / path.name, ignore_errors=True)
@@ -116,14 +118,24 @@ def _save_adapter(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], recipe:
 
 
 def load_masks(folder: Path) -> dict[str, Tensor]:
-    """The keep-masks that `save` wrote, packed, or the rows and columns of `shrink`. Raises LosaError if there are none."""
+    """The keep-masks of a saved model, packed (`masks.pack`), or the rows and columns of `shrink`.
+
+    Packed linears hold their own, what is dense has them in masks.safetensors. Raises LosaError if there are none.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / "masks.safetensors"
+    layouts = layouts_in(load_config(str(folder)))
+    found: dict[str, Tensor] = {}
+    if layouts is not None:
+        files = Checkpoint(folder, layouts)
+        found = {name: files.packed_linear(name).mask for name in layouts}
+    path = folder / MASKS
     try:
-        return load_file(path)
+        return found | load_file(path)
     except FileNotFoundError:
-        raise LosaError(f"{str(folder)!r} has no masks.safetensors: it was not made by losa") from None
+        if layouts is None:
+            raise LosaError(f"{str(folder)!r} has no {MASKS}: it was not made by losa") from None
+        return found
     except (SafetensorError, OSError) as error:
         raise LosaError(f"{path} is damaged: {error}") from None

@@ -13,6 +13,7 @@ from losa.model import Subject
 from losa.recipe import Recipe
 from losa.run import check_output
 from losa.shrink import rehearse
+from losa.sparse.linear import layouts_in
 
 
 @dataclass
@@ -44,6 +45,11 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     if output and isinstance(source, str) and output.resolve() == Path(source).expanduser().resolve():
         raise LosaError(f"output {str(output)!r} is the model itself: name another folder")
     config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
+    if layouts_in(config) is not None:
+        name = source if isinstance(source, str) else type(source).__name__
+        raise LosaError(
+            f"{name} is packed: losa export DIR --output NEW --format dense makes it one that can be pruned"
+        )
     whole = model.skeleton(config) if isinstance(source, str) else source
     blocks = model.prunable(whole, recipe)
     if recipe.structured:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from losa import calibration, experts, masks, model, registry
+from losa.checkpoint import Checkpoint, weight_bytes
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.recipe import Recipe, from_settings
 from losa.run import FORMAT
+from losa.sparse.linear import layouts_in
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -36,16 +38,17 @@ def inspect(folder: Path) -> dict[str, Any]:
                 raise LosaError(f"{folder / 'losa.json'} is of format {made['format']}, this losa reads {FORMAT}")
         except (ValueError, KeyError, TypeError) as error:
             raise LosaError(f"{folder / 'losa.json'} is damaged: {error}") from None
-    whole = model.skeleton(model.load_config(str(folder)))
+    config = model.load_config(str(folder))
+    whole, layouts = model.skeleton(config), layouts_in(config)
     blocks = model.prunable(whole, from_settings(made["recipe"])) if made is not None else model.find_blocks(whole)
-    bits = load_masks(folder) if made is not None else {}
-    weights = _Weights(folder, experts.stored(whole))
+    bits = load_masks(folder) if made is not None or layouts is not None else {}
+    files = Checkpoint(folder, layouts, experts.stored(whole))
     ranks = made["history"][-1]["ranks"] if made else []
     described: list[dict[str, Any]] = []
     for block in blocks:
         linears = {}
         for name in block.linears:
-            weight = weights[f"{name}.weight"]
+            weight = files.weight(name)
             found = {"weights": weight.numel(), "zeros": int((weight == 0).sum())}
             if f"{name}.rows" in bits:  # what was taken out counts as zero
                 rows, columns = bits[f"{name}.rows"], bits[f"{name}.columns"]
@@ -53,7 +56,7 @@ def inspect(folder: Path) -> dict[str, Any]:
                     raise LosaError(f"{name} has not the shape that its masks leave: {str(folder)!r} was changed")
                 gone = len(rows) * len(columns) - weight.numel()
                 found = {"weights": weight.numel() + gone, "zeros": found["zeros"] + gone, "pruned": gone}
-            elif made is not None:
+            elif bits and (made is not None or name in bits):
                 mask = masks.unpack(bits[name], weight.shape[1])
                 if bool((weight[~mask] != 0).any()):
                     raise LosaError(f"{name}: weights that its mask prunes are not zero: {str(folder)!r} was changed")
@@ -64,41 +67,14 @@ def inspect(folder: Path) -> dict[str, Any]:
         described.append({"name": block.name, "rank": rank, **counts, "linears": linears})
     total = sum(block["weights"] for block in described)
     zeros = sum(block["zeros"] for block in described)
-    summary = {"weights": total, "zeros": zeros, "sparsity": zeros / total, "blocks": described}
+    summary: dict[str, Any] = {"weights": total, "zeros": zeros, "sparsity": zeros / total, "blocks": described}
+    summary |= {"format": "dense" if layouts is None else "packed", "bytes": weight_bytes(folder)}
+    if layouts is not None:
+        summary["values"] = config.quantization_config["values"]
     if made:
         summary |= {key: made[key] for key in ("source", "versions", "recipe", "measurements")}
+        summary |= {key: made[key] for key in ("exported",) if key in made}
     return summary
-
-
-class _Weights:
-    """Tensors by name out of the safetensors files of a folder, each read when asked for.
-
-    places: what is stored otherwise than under its name, as `experts.stored` says.
-    """
-
-    def __init__(self, folder: Path, places: dict[str, list[tuple[str, int | None]]]) -> None:
-        from safetensors import safe_open
-
-        self._places = places
-        index = folder / "model.safetensors.index.json"
-        names = ["model.safetensors"]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        self._files: dict[str, Any] = {}
-        for name in names:
-            file = safe_open(folder / name, framework="pt")
-            self._files |= dict.fromkeys(file.keys(), file)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return torch.cat([self._read(key, index) for key, index in self._places.get(name, [(name, None)])])
-
-    def _read(self, name: str, index: int | None) -> torch.Tensor:
-        # base models are saved without the head's prefix
-        for key in (name, name.partition(".")[2]):
-            if key in self._files:
-                tensor: torch.Tensor = self._files[key].get_slice(key)[... if index is None else index]
-                return tensor
-        raise LosaError(f"the model's files hold no {name}")
 
 
 def plan(source: str, recipe: Recipe) -> dict[str, Any]:
@@ -131,6 +107,11 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     seen = sum((x.in_features + 2 * x.out_features) * experts.share_of_tokens(skeleton, name) for name, x in linears)
     saved = round(seen * rows) * size
     training = 3 * 4 * recipe.max_rank * widths + saved + rows * vocabulary * (size + 8) if adapted else 0
+    stored = min(size, getattr(config.dtype, "itemsize", size))
+    saved = parameters * stored
+    if recipe.format == "packed":
+        value = 1 if recipe.values == "int8" else stored
+        saved -= weights * stored - round(weights * (1 - recipe.sparsity)) * value - weights // 8
     state = weights * size + weights // 8 + 4 * recipe.max_rank * widths
     return {
         "model": type(skeleton).__name__,
@@ -153,6 +134,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         "memory": base + max(calibrating, training),
         "memory_parts": {"model": base, "calibration": calibrating, "recovery": training},
         # each state is replaced by a whole new one beside it
+        "saved": saved,
         "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * recipe.max_rank * widths,
     }
 

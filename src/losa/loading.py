@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-# of models whose linears differ from what their config.json says; transformers prints this name, and little else, where
-# losa has not been imported
+# Of models whose linears differ from what their config.json says, in shape or in storage; transformers prints this name,
+# and little else, where losa has not been imported.
 STRUCTURED = "losa-structured (import losa first)"
+PACKED = "losa-packed (import losa first)"
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -51,18 +52,19 @@ def after_import(name: str, call: Callable[[], None]) -> None:
 
 
 def register() -> None:
-    """Tell transformers of the structurally smaller models (`losa.shrink`)."""
+    """Tell transformers of the structurally smaller models (`losa.shrink`) and of the packed ones (`losa.sparse`)."""
     auto: Any = importlib.import_module("transformers.quantizers.auto")
     if STRUCTURED in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # losa was reloaded
         return
     mixin: Any = importlib.import_module("transformers.utils.quantization_config").QuantizationConfigMixin
     base: Any = importlib.import_module("transformers.quantizers.base").HfQuantizer
 
-    class Widths(mixin):  # type: ignore[misc]
-        """The shapes of the linears, as `losa.widths.resize` takes them."""
+    class Stored(mixin):  # type: ignore[misc]
+        """What config.json says of the linears, as it stands there."""
 
-        def __init__(self, linears: dict[str, list[Any]], quant_method: str = STRUCTURED, **_: Any) -> None:
-            self.quant_method, self.linears = quant_method, linears
+        def __init__(self, quant_method: str, **fields: Any) -> None:
+            self.quant_method = quant_method
+            self.__dict__.update(fields)
 
     class Resizer(base):  # type: ignore[misc]
         """Resizes the linears before the weights are read, and is gone after: the model is an ordinary one."""
@@ -83,5 +85,41 @@ def register() -> None:
             self.remove_quantization_config(model)
             model.config.quantization_config = self.quantization_config.to_dict()  # to be saved again
 
-    auto.register_quantization_config(STRUCTURED)(Widths)
-    auto.register_quantizer(STRUCTURED)(Resizer)
+    class Packer(base):  # type: ignore[misc]
+        """Puts packed linears into the model before the weights are read, and looks at what was read."""
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
+        def _process_model_before_weight_loading(
+            self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+        ) -> None:
+            from losa.sparse import linear
+
+            self.layouts = linear.read_layouts(self.quantization_config.to_dict())
+            linear.check_files(checkpoint_files, self.layouts)
+            linear.install(model, self.layouts)
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            from losa.sparse import linear
+
+            linear.finish(model, self.layouts)
+            return model
+
+        def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+            from losa.sparse import linear
+
+            linear.unpack_model(model, dtype)
+            return model
+
+    for method, quantizer in ((STRUCTURED, Resizer), (PACKED, Packer)):
+        auto.register_quantization_config(method)(Stored)
+        auto.register_quantizer(method)(quantizer)

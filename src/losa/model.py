@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from losa import data, experts
+from losa import checkpoint, data, experts
 from losa.errors import LosaError
 from losa.loading import STRUCTURED
 from losa.recipe import TARGETS, Recipe
+from losa.sparse.linear import PackedLinear
 
 if TYPE_CHECKING:
     from losa.adapters import MaskedLinear
@@ -89,8 +90,10 @@ class Subject:
 
     def narrow(self) -> None:
         """Hold the weights in the type they are saved in. Buffers (rotary frequencies) stay, as when a model is loaded."""
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(self.stored)
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "bias" or not isinstance(module, PackedLinear):  # what is packed is so for good
+                    parameter.data = parameter.data.to(self.stored)
 
 
 def targeted(names: list[str], recipe: Recipe) -> set[str]:
@@ -240,34 +243,8 @@ def locate(source: str) -> str:
         raise LosaError(f"model {source!r} does not exist: name a folder, a model on the hub (OWNER/NAME) or demo")
     if not (path / "config.json").is_file():
         raise LosaError(f"{source!r} is not a model: it has no config.json")
-    _check_weights(path)
+    checkpoint.check_files(path)
     return str(path)
-
-
-def _check_weights(path: Path) -> None:
-    """Every safetensors file is there and as long as its header says: an interrupted download is found in milliseconds."""
-    import json
-
-    from safetensors import SafetensorError, safe_open
-
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise LosaError(f"{index} is not an index of weights: download the model again") from None
-    else:
-        files = ["model.safetensors"]
-    for name in files:
-        if not (path / name).is_file():
-            others = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-            note = f" ({others[0]} is a pickle, which losa does not load: convert it to safetensors)" if others else ""
-            raise LosaError(f"{path} has no {name}: the model is incomplete{note}")
-        try:
-            with safe_open(path / name, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise LosaError(f"{path / name} is damaged ({error}): download the model again") from None
 
 
 def load_config(source: str) -> Any:

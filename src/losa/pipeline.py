@@ -32,12 +32,13 @@ from losa.pruners.base import Pruner
 from losa.pruning import prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings, load
 from losa.run import Run
-from losa.shrink import shrink
+from losa.shrink import OURS, PLAIN, shrink
+from losa.sparse.linear import pack_model
 
 
 @dataclass
 class Result:
-    """A compressed model: plain, merged, in memory, and where it was saved. `history` has rates, errors and ranks of every step."""
+    """A compressed model: merged, in memory, dense or packed as it was saved, and where. `history` has rates, errors and ranks of every step."""
 
     model: Any
     tokenizer: Any
@@ -139,6 +140,8 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         found = counted(bits, subject)
         if recipe.structured:
             bits, found["loads"] = shrink(subject, bits)
+        elif recipe.format == "packed":
+            bits, found["loads"] = pack(subject, bits, recipe, run)
         perplexity = measure(subject, recipe, inputs)
     else:  # measured as it will be used: the sparse model with its pairs beside it
         perplexity = measure(subject, recipe, inputs)
@@ -274,6 +277,18 @@ def sparsity_of(block: Block) -> float:
     """The share of a block's prunable weights that its masks prune."""
     kept = sum(int(linear.mask.sum()) for linear in block.masked.values())
     return 1 - kept / block.weights if block.weights else 0.0
+
+
+def pack(subject: Subject, bits: dict[str, Tensor], recipe: Recipe, run: Run) -> tuple[dict[str, Tensor], str]:
+    """Pack the merged model's linears, in place. Returns the masks of those that stay dense, and what loads the model."""
+    values = torch.int8 if recipe.values == "int8" else None
+    packed = pack_model(subject.model, bits, subject.stored, values)
+    for block in subject.blocks:
+        block.linears |= {name: linear for name, linear in packed.items() if name in block.linears}
+    dense = {name: mask for name, mask in bits.items() if name not in packed}
+    if dense:
+        run.say(f"{len(dense)} of {len(bits)} linears stay dense (experts, or packed no smaller), such as {min(dense)}")
+    return dense, OURS if packed else PLAIN
 
 
 # ---------------------------------------------------------------------------------------------- what is kept and told

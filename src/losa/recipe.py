@@ -95,6 +95,14 @@ class Recipe:
         0, "tokens of eval_data that are read at once; 0 is all the model can read, 4096 at most (the paper's)"
     )
     checkpoint_minutes: float = setting(5.0, "minutes between checkpoints during recovery")
+    format: Literal["dense", "packed"] = setting(
+        "dense",
+        "how the model is saved: dense, zeros and all; packed, without them: smaller, and loads after import losa",
+    )
+    values: Literal["auto", "int8"] = setting(
+        "auto",
+        "what packed keeps of the weights: auto, as they are; int8, rounded, with a scale for 256 columns of a row",
+    )
     seed: int = setting(0, "seed of everything random")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
@@ -141,7 +149,7 @@ class Recipe:
             except LosaError as error:
                 raise LosaError(f"{kind}_options: {error}") from None
         self._check_what_pruner_reads()
-        registry.get("recovery", self.recovery)
+        self._check_format()
         positive = "steps calibration_samples sequence_length allocation_samples train_samples train_length batch_size"
         for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip"]:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
@@ -210,6 +218,23 @@ class Recipe:
                 )
             least = "at least 2: a loss needs a next token"
             _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, least)
+
+    def _check_format(self) -> None:
+        """Raise LosaError for what cannot be packed."""
+        merges = registry.get("recovery", self.recovery).merges
+        if self.format == "dense":
+            if self.values != "auto":
+                raise LosaError(f"values {self.values} are of packed models: set format to packed")
+            return
+        if self.structured:
+            raise LosaError("format packed: pattern structured leaves no zeros to leave out: leave format dense")
+        if not merges:
+            raise LosaError(
+                f"format packed: recovery {self.recovery!r} keeps its pairs apart, for PEFT, which knows dense linears "
+                "only: set format to dense, or recovery to losa or none"
+            )
+        least = "at least 0.1 with format packed: below that, masks take what zeros give"
+        _require(self.sparsity >= 0.1, "sparsity", self.sparsity, least)
 
     def build(self, kind: Literal["pruner", "allocator"]) -> Any:
         """The pruner (of single weights, or where the pattern is structured, of heads) or allocator, with its options."""

@@ -47,8 +47,6 @@ class Run:
         self.output, self.progress = output, progress
         self._saved_at = time.monotonic()
         self._lock: int | None = None
-        self.umask = os.umask(0)
-        os.umask(self.umask)
 
     def start(self, recipe: Recipe, source: str, overwrite: bool = False) -> None:
         """Begin in `output`. Raises LosaError if something is there that may not be replaced, or it cannot be written."""
@@ -262,6 +260,13 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def share(path: Path) -> None:
+    """Give a file the rights of any other: safetensors makes files that only their owner reads."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -272,7 +277,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
+def writing(place: Path, note: str = "; what was saved before can be resumed") -> Iterator[None]:
     """Turns what the file system refuses into a LosaError that names the place."""
     from safetensors import SafetensorError
 
@@ -280,5 +285,4 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        note = "what was saved before can be resumed"
-        raise LosaError(f"{str(place)!r} cannot be written: {reason}; {note}") from error
+        raise LosaError(f"{str(place)!r} cannot be written: {reason}{note}") from error

@@ -8,15 +8,21 @@ from torch import nn
 
 def resize(whole: nn.Module, linears: dict[str, list[Any]]) -> None:
     """Give the linears of a model, which may be on the meta device, new shapes: name -> [out, in, whether it has a bias]."""
-    for name, (rows, columns, bias) in linears.items():
-        try:
-            old = whole.get_submodule(name)
-        except AttributeError:  # a base model has no prefix
-            name = name.partition(".")[2]
-            old = whole.get_submodule(name)
+    for full, (rows, columns, bias) in linears.items():
+        name, old = named(whole, full)
         assert isinstance(old, nn.Linear)
         whole.set_submodule(name, linear_like(old, rows, columns, bias, old.weight.device))
     recount(whole)
+
+
+def named(whole: nn.Module, name: str) -> tuple[str, nn.Module | None]:
+    """The module of that name, None if there is none, and its name in `whole`: a base model's have no prefix."""
+    for found in (name, name.partition(".")[2]):
+        try:
+            return found, whole.get_submodule(found)
+        except AttributeError:
+            continue
+    return name, None
 
 
 def recount(whole: nn.Module) -> None:

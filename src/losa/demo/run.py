@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from losa import recipe
+from losa.checkpoint import weight_bytes
 from losa.errors import LosaError
+from losa.generation import continued
 from losa.inputs import check
 from losa.pipeline import compress
 from losa.progress import Progress
@@ -20,7 +20,7 @@ def demo(output: Path, sparsity: float | None, overwrite: bool, progress: Progre
 
     Returns perplexity, sparsity and bytes on disk of the three models, and what each makes of one prompt.
     """
-    chosen = {} if sparsity is None else {"sparsity": sparsity}
+    chosen: dict[str, Any] = {"format": "packed"} | ({} if sparsity is None else {"sparsity": sparsity})
     settings = recipe.load("demo", chosen)
     if (output / "losa").exists() and not overwrite:
         raise LosaError(f"{str(output)!r} holds a demo: --overwrite replaces it, --output names another folder")
@@ -54,21 +54,8 @@ def demo(output: Path, sparsity: float | None, overwrite: bool, progress: Progre
     return {"output": str(output / "losa"), "models": lines, "prompt": PROMPT, "samples": samples}
 
 
-def weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-
-
 def continuation(model: Any, tokenizer: Any) -> str:
     """What the model makes of the prompt; a seeded sample, since the likeliest tokens of so small a model soon repeat."""
-    inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=60,
-            do_sample=True,
-            temperature=0.6,
-            top_p=0.9,
-        )
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids = continued(model, tokenizer, inputs, 60, seed=0, do_sample=True, temperature=0.6, top_p=0.9)
+    return str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,1 @@
+"""Packed weights and what multiplies by them."""

@@ -1,0 +1,237 @@
+"""The packed linear, put into a model before its weights are read, or in the place of a dense one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losa import masks
+from losa.errors import LosaError
+from losa.loading import PACKED
+from losa.patterns import NM
+from losa.registry import unknown
+from losa.sparse import kernels
+from losa.sparse.packed import DTYPES, SUFFIXES, VERSION, Layout, Packed, check, pack, unpack
+from losa.widths import named
+
+
+class PackedLinear(nn.Module):
+    """x [..., in] of float32, bfloat16 or float16 -> x W^T + bias, [..., out], of x's type; W is packed and frozen.
+
+    Its parameters are those of a packed linear in a file (docs/format.md), None where the layout has none. They keep
+    their types whatever type the model is converted to; the bias is converted like any other.
+    """
+
+    weight: nn.Parameter
+    weight_mask: nn.Parameter
+    weight_offsets: nn.Parameter | None
+    weight_scales: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, layout: Layout, bias: nn.Parameter | None, tensors: dict[str, Tensor] | None = None) -> None:
+        """tensors: by name, as `Packed.tensors` gives them; None leaves them on the meta device, to be loaded."""
+        super().__init__()
+        self.in_features, self.out_features, self.nm = layout.in_features, layout.out_features, layout.nm
+        shapes = layout.tensors()
+        for name in SUFFIXES:
+            tensor = tensors.get(name) if tensors is not None else None
+            if tensors is None and name in shapes:
+                shape, dtype = shapes[name]
+                tensor = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        self.register_parameter("bias", bias)
+        self.register_load_state_dict_post_hook(_check_loaded)
+
+    @classmethod
+    def of(cls, packed: Packed, like: nn.Linear) -> "PackedLinear":
+        """In the place of `like`, with its bias."""
+        made = cls(packed.layout, like.bias, packed.tensors())
+        made.train(like.training)
+        return made
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(self.weight, self.weight_mask, self.weight_offsets, self.weight_scales, self.in_features, self.nm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.multiply(x, self.packed, self.bias)
+
+    def dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain linear with the unpacked weight, in the values' type (float32 for int8) unless told otherwise."""
+        made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        made.weight = nn.Parameter(unpack(self.packed, dtype)[0], requires_grad=False)
+        made.register_parameter("bias", self.bias)
+        return made.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """What .to() and the like go through: devices change, packed tensors' types do not."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if tensor is self.bias or new.dtype == tensor.dtype else tensor.to(new.device)
+
+        super()._apply(moved, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        kept = self.packed.kept / (self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"kept={self.nm or format(kept, '.3f')}, values={self.weight.dtype}"
+        )
+
+
+def _check_loaded(module: nn.Module, _: Any) -> None:
+    assert isinstance(module, PackedLinear)
+    if not module.weight.is_meta:
+        check(module.packed, "a packed linear given a state dict")
+
+
+# ------------------------------------------------------------------------------------------------------- config.json
+
+
+def describe(layouts: dict[str, Layout]) -> dict[str, Any]:
+    """`quantization_config` of a model whose linears of those names are packed."""
+    (values,) = {layout.values for layout in layouts.values()}
+    return {
+        "quant_method": PACKED,
+        "format_version": VERSION,
+        "values": str(values).removeprefix("torch."),
+        "linears": {name: layout.to_json() for name, layout in layouts.items()},
+    }
+
+
+def read_layouts(config: dict[str, Any]) -> dict[str, Layout]:
+    """What `describe` wrote. Raises LosaError for another version, and for what it cannot have written."""
+    if config.get("format_version") != VERSION:
+        found = config.get("format_version")
+        raise LosaError(
+            f"the model is packed in format {found!r}, this losa reads {VERSION}: use the losa that made it"
+        )
+    if config.get("values") not in DTYPES:
+        raise unknown("type of values", config.get("values"), DTYPES)
+    values, linears, layouts = DTYPES[config["values"]], config.get("linears"), {}
+    try:
+        for name, entry in linears.items():  # type: ignore[union-attr]
+            rows, columns = entry["shape"]
+            nm = NM(*entry["nm"]) if "nm" in entry else None
+            numbers = [rows, columns, *([] if nm is None else [nm.n, nm.m])]
+            if any(type(number) is not int or number < 1 for number in numbers) or type(entry["kept"]) is not int:
+                raise ValueError(entry)
+            if not 0 <= entry["kept"] <= rows * columns or (nm is not None and columns % nm.m):
+                raise ValueError(entry)
+            layouts[name] = Layout(rows, columns, entry["kept"], values, nm)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise LosaError(
+            f"config.json does not describe packed linears ({error!r}): the packed model is damaged"
+        ) from None
+    return layouts
+
+
+def layouts_in(config: Any) -> dict[str, Layout] | None:
+    """The packed linears of a model with this configuration, None if it is not packed."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and not isinstance(stored, dict):  # of a loaded model
+        stored = stored.to_dict()
+    return read_layouts(stored) if isinstance(stored, dict) and stored.get("quant_method") == PACKED else None
+
+
+# ------------------------------------------------------------------------------------------------- before and after loading
+
+
+def install(whole: nn.Module, layouts: dict[str, Layout]) -> None:
+    """Put packed linears, without weights, in the place of a model's. Raises LosaError where the model has no such linear."""
+    shared = [id(parameter) for _, parameter in whole.named_parameters(remove_duplicate=False)]
+    for full, layout in layouts.items():
+        name, old = named(whole, full)
+        if not isinstance(old, nn.Linear):
+            raise LosaError(f"config.json packs {full!r}, which is no linear of {type(whole).__name__}")
+        if list(old.weight.shape) != [layout.out_features, layout.in_features]:
+            shape = [layout.out_features, layout.in_features]
+            raise LosaError(f"config.json packs {full} as {shape}, the model has it as {list(old.weight.shape)}")
+        if shared.count(id(old.weight)) > 1:
+            raise LosaError(f"config.json packs {full}, whose weight is another's too (tied): it must stay dense")
+        whole.set_submodule(name, PackedLinear(layout, old.bias).train(old.training))
+
+
+def check_files(files: list[str] | None, layouts: dict[str, Layout]) -> None:
+    """Raise LosaError unless the safetensors files hold just the tensors of the layouts; reads headers only."""
+    from safetensors import SafetensorError, safe_open
+
+    if not files:
+        raise LosaError("a packed model is loaded from its files, not from a state dict")
+    found: dict[str, tuple[str, list[int], str]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    piece = file.get_slice(key)
+                    found[key] = (str(path), list(piece.get_shape()), piece.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise LosaError(f"{path} is damaged ({error}): download the model again") from None
+    for name, layout in layouts.items():
+        tensors = layout.tensors()
+        for suffix in SUFFIXES:
+            # base models are saved without the head's prefix
+            keys = [key for key in (f"{name}.{suffix}", f"{name}.{suffix}".partition(".")[2]) if key in found]
+            if suffix not in tensors:
+                if keys:
+                    raise LosaError(f"{found[keys[0]][0]} holds {keys[0]}, which config.json does not know of")
+                continue
+            if not keys:
+                raise LosaError(f"the model's files hold no {name}.{suffix}: the packed model is incomplete")
+            path, shape, dtype = found[keys[0]]
+            wanted = (tensors[suffix][0], STORED[tensors[suffix][1]])
+            if (shape, dtype) != wanted:
+                raise LosaError(f"{path}: {keys[0]} is {dtype} {shape}, config.json says {wanted[1]} {wanted[0]}")
+
+
+STORED = {  # safetensors' names
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+}
+
+
+def finish(whole: nn.Module, layouts: dict[str, Layout]) -> None:
+    """Freeze the packed linears of a model that was loaded. Raises LosaError for the first that is not what it should be."""
+    for full, layout in layouts.items():
+        linear: Any = named(whole, full)[1]
+        for name in SUFFIXES:
+            if (parameter := getattr(linear, name)) is not None:
+                parameter.requires_grad_(False)
+        check(linear.packed, full, layout)
+
+
+@torch.no_grad()
+def pack_model(
+    whole: Any, bits: dict[str, Tensor], stored: torch.dtype, values: torch.dtype | None = None
+) -> dict[str, PackedLinear]:
+    """Put packed linears in the place of those of `bits` (packed masks by name), in place, and configure the model so.
+
+    stored: the type the model is saved in, in which the values are kept unless `values` is int8. What is no nn.Linear
+    (experts), or would be no smaller, stays dense. Returns those that were packed.
+    """
+    made: dict[str, PackedLinear] = {}
+    for name, mask in bits.items():
+        found: Any = named(whole, name)[1]
+        if isinstance(found, nn.Linear):
+            kept = masks.unpack(mask, found.in_features)
+            packed = pack(found.weight.to(stored), kept, values)
+            if packed.layout.bytes < found.weight.numel() * stored.itemsize:
+                made[name] = PackedLinear.of(packed, found)
+                whole.set_submodule(name, made[name])
+    if made:
+        whole.config.quantization_config = describe({name: linear.packed.layout for name, linear in made.items()})
+    return made
+
+
+def unpack_model(whole: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put dense linears in the place of a model's packed ones."""
+    for name, module in list(whole.named_modules()):
+        if isinstance(module, PackedLinear):
+            whole.set_submodule(name, module.dense(dtype))
