@@ -169,6 +169,9 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
     print(
         f"pruner {settings.pruner}, allocator {settings.allocator}, recovery {settings.recovery} on {planned['linears_adapted']} linears"
     )
+    if planned["parameters_trained"]:
+        merging = "which merge exactly" if planned["merges"] else "which do not merge"
+        print(f"trained: {planned['trained']}, {planned['parameters_trained']:,} values at most, {merging}")
     names = ("step", "sparsity", "mean_rank", "rows")
     print_table([names, *(tuple(str(step[name]) for name in names) for step in planned["steps"])])
     print(f"memory at its peak, about {size(planned['memory'])}; disk, about {size(planned['disk'])}")

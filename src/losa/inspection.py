@@ -114,13 +114,14 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     linears = [(name, linear) for block in blocks for name, linear in block.linears.items()]
     wanted = model.targeted([name for name, _ in linears], recipe) if recovery.trains else set()
     adapted = [linear for name, linear in linears if name in wanted]
-    widths = sum(linear.in_features + linear.out_features for linear in adapted)
+    trained = sum(recovery.parameters((linear.out_features, linear.in_features), recipe) for linear in adapted)
+    pairs = 4 * trained if recovery.ranks else 0  # bytes of values that are there all the time
     hidden = skeleton.get_input_embeddings().embedding_dim
     tokens = recipe.calibration_samples * recipe.sequence_length
     size, vocabulary = dtype.itemsize, config.get_text_config().vocab_size
     gradients = registry.get("pruner", recipe.pruner).needs_gradients
 
-    base = parameters * size + weights // 8 + 4 * recipe.max_rank * widths
+    base = parameters * size + weights // 8 + pairs
     features = min(recipe.error_tokens or tokens, tokens) * hidden * size * len(blocks)
     statistics = max(_statistics(block, recipe) for block in blocks)
     activations = min(calibration.BATCH_TOKENS, tokens) * 4 * max(linear.out_features for _, linear in linears) * size
@@ -130,8 +131,8 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     rows = recipe.micro_batch_size * recipe.train_length
     seen = sum((x.in_features + 2 * x.out_features) * experts.share_of_tokens(skeleton, name) for name, x in linears)
     saved = round(seen * rows) * size
-    training = 3 * 4 * recipe.max_rank * widths + saved + rows * vocabulary * (size + 8) if adapted else 0
-    state = weights * size + weights // 8 + 4 * recipe.max_rank * widths
+    training = 16 * trained - pairs + saved + rows * vocabulary * (size + 8) if adapted else 0
+    state = weights * size + weights // 8 + pairs
     return {
         "model": type(skeleton).__name__,
         "device": str(device),
@@ -141,11 +142,14 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         "prunable": weights,
         "kept": round(weights * (1 - recipe.sparsity)),
         "linears_adapted": len(adapted),
+        "trained": recovery.trained,
+        "parameters_trained": trained,
+        "merges": recovery.merges,
         "steps": [
             {
                 "step": step,
                 "sparsity": round(recipe.sparsity_at(step), 6),
-                "mean_rank": recipe.mean_rank_at(step) if recovery.trains else 0,
+                "mean_rank": recipe.mean_rank_at(step) if recovery.ranks else 0,
                 "rows": len(recipe.rows_of(step)) if recovery.trains else 0,
             }
             for step in range(1, recipe.steps + 1)
@@ -153,7 +157,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         "memory": base + max(calibrating, training),
         "memory_parts": {"model": base, "calibration": calibrating, "recovery": training},
         # each state is replaced by a whole new one beside it
-        "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * recipe.max_rank * widths,
+        "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * trained,
     }
 
 

@@ -115,7 +115,7 @@ def compress(
 def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Result:
     recovery = registry.get("recovery", recipe.recovery)()
     dense = remember_dense(subject, recipe, inputs, run)
-    subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.trains else 0)
+    subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.ranks else 0)
     if recipe.structured:
         structure.prepare(subject.blocks, recipe.build("pruner"))
     state = restore(subject, run)
@@ -125,7 +125,7 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         if step > state.done:
             rates = allocate(subject, recipe, step, inputs, dense, state, run)
             errors, unreached = prune(subject, recipe, step, rates, inputs, dense, run)
-            chosen = set_ranks(subject, recipe, step, errors) if recovery.trains else []
+            chosen = set_ranks(subject, recipe, step, errors) if recovery.ranks else []
             record = {"step": step, "rates": rates, "errors": errors, "ranks": chosen, "unreached": unreached}
             state.history.append(record)
             state.done = step

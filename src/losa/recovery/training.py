@@ -1,6 +1,7 @@
 """The training loop of every recovery method: AdamW, linear warm-up and decay, clipped gradients, each row once."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,11 +24,13 @@ def train(
     recipe: Recipe,
     step: int,
     run: "Run",
+    moved: Callable[[], None] = lambda: None,
 ) -> None:
     """Minimise next-token loss over `parameters` (all others stay frozen), one pass over `examples` in their order.
 
     The learning rate rises over the first `warmup` share of the updates and falls linearly to zero. Goes on from the
     checkpoint of this step in `run`, if there is one, as if it had never stopped. The model stays in eval mode: no dropout.
+    `moved` is called whenever the parameters have changed: after each update, and once they are as the checkpoint has them.
     Raises LosaError if the loss is not finite.
     """
     batches = [examples[i : i + recipe.batch_size] for i in range(0, len(examples), recipe.batch_size)]
@@ -37,6 +40,7 @@ def train(
         list(parameters.values()), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
     done = _restore(run, step, parameters, optimizer)
+    moved()
     try:
         for update in run.track(range(done, len(batches)), f"step {step}/{recipe.steps}: recovery", done=done):
             rate = recipe.learning_rate * share_of_peak(update, len(batches), recipe.warmup)
@@ -49,6 +53,7 @@ def train(
                     f"({recipe.learning_rate:g}) or clip ({recipe.clip:g})"
                 )
             optimizer.step()
+            moved()
             optimizer.zero_grad()
             run.log("update", step=step, update=update + 1, of=len(batches), loss=loss, norm=float(norm), rate=rate)
             if run.checkpoint_due(recipe.checkpoint_minutes):
