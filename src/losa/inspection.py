@@ -10,6 +10,7 @@ from losa import calibration, experts, masks, model, registry
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.recipe import Recipe, from_settings
+from losa.recovery import distillation
 from losa.run import FORMAT
 
 
@@ -132,6 +133,13 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     seen = sum((x.in_features + 2 * x.out_features) * experts.share_of_tokens(skeleton, name) for name, x in linears)
     saved = round(seen * rows) * size
     training = 16 * trained - pairs + saved + rows * vocabulary * (size + 8) if adapted else 0
+    kept = 0  # bytes of a cached teacher's predictions, on disk
+    if adapted and recipe.distill:
+        live = recipe.teacher == "live"  # which is one more model, and its logarithms in fp32
+        chunk = min(rows * vocabulary, distillation.CHUNK)
+        training += rows * vocabulary * (2 * size + 4 * live - 8) + 16 * chunk
+        base += parameters * size * live
+        kept = 0 if live else 6 * recipe.train_samples * recipe.train_length * recipe.teacher_top
     state = weights * size + weights // 8 + pairs
     return {
         "model": type(skeleton).__name__,
@@ -157,7 +165,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         "memory": base + max(calibrating, training),
         "memory_parts": {"model": base, "calibration": calibrating, "recovery": training},
         # each state is replaced by a whole new one beside it
-        "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * trained,
+        "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * trained + kept,
     }
 
 

@@ -19,6 +19,7 @@ from losa.recipe import TARGETS, Recipe
 
 if TYPE_CHECKING:
     from losa.adapters import MaskedLinear
+    from losa.recovery.distillation import Teacher
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -43,13 +44,15 @@ class Block:
 
 @dataclass
 class Subject:
-    """What is compressed: the model, its tokenizer, its blocks in order, where it came from, and the type it is saved in."""
+    """What is compressed: the model, its tokenizer, its blocks in order, where it came from, the type it is saved in, and
+    what teaches it while it is repaired."""
 
     model: Any
     tokenizer: Any
     blocks: list[Block]
     source: str
     stored: torch.dtype
+    teacher: "Teacher | None" = None
 
     @property
     def pad_id(self) -> int:

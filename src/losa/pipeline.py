@@ -31,6 +31,7 @@ from losa.progress import Progress
 from losa.pruners.base import Pruner
 from losa.pruning import prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings, load
+from losa.recovery.distillation import check_vocabulary, teacher_of
 from losa.run import Run
 from losa.shrink import shrink
 
@@ -90,12 +91,16 @@ def compress(
     config = check(source, recipe, output, overwrite, resume)
     if output is None and not registry.get("recovery", recipe.recovery).merges:
         raise LosaError(f"recovery {recipe.recovery!r} does not merge: name an output for the pairs it trains")
+    if output is None and recipe.distill and recipe.teacher == "cached":
+        raise LosaError("a cached teacher's predictions are kept in the run: name an output, or set teacher to live")
     if tokenizer is None:
         if not isinstance(source, str):
             raise LosaError(f"a loaded model ({name}) needs its tokenizer: pass tokenizer=")
         tokenizer = model.load_tokenizer(source, config)
     else:
         data.check_tokenizer(tokenizer, config.get_text_config().vocab_size)
+    if teacher := recipe.teacher_model:
+        check_vocabulary(model.load_tokenizer(teacher, model.load_config(teacher)), tokenizer, teacher)
     run = Run(output, progress or Progress(quiet=True))
     try:
         if resume:
@@ -115,6 +120,7 @@ def compress(
 def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Result:
     recovery = registry.get("recovery", recipe.recovery)()
     dense = remember_dense(subject, recipe, inputs, run)
+    subject.teacher = teacher_of(subject, recipe, inputs, run)
     subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.ranks else 0)
     if recipe.structured:
         structure.prepare(subject.blocks, recipe.build("pruner"))

@@ -79,6 +79,16 @@ class Recipe:
         0.6, "share of the recovery rows for the last step; the others share the rest evenly"
     )
     loss_on: Literal["all", "answer"] = setting("all", "tokens the loss counts: the whole text, or the answer only")
+    epochs: int = setting(1, "times each step reads its recovery rows")
+    distill: float = setting(
+        0.0, "share of the loss that is the divergence from a teacher's predictions; the rest is the next token's"
+    )
+    distill_temperature: float = setting(1.0, "temperature of both sides of the divergence")
+    teacher: Literal["live", "cached"] = setting(
+        "live", "live: a frozen copy of the dense model; cached: what it says of the rows, written into the run first"
+    )
+    teacher_top: int = setting(64, "tokens kept of each prediction of a cached teacher; the others are one bucket")
+    teacher_model: str = setting("", "another model as the teacher, with the same vocabulary; empty: the dense one")
     learning_rate: float = setting(2e-3, "peak learning rate of AdamW")
     batch_size: int = setting(8, "recovery rows an optimizer step takes")
     micro_batch_size: int = setting(
@@ -140,13 +150,14 @@ class Recipe:
         self._check_what_pruner_reads()
         registry.get("recovery", self.recovery)
         positive = "steps calibration_samples sequence_length allocation_samples train_samples train_length batch_size"
-        for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip"]:
+        distil = ("epochs", "distill_temperature", "teacher_top")
+        for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip", *distil]:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require(self.mean_rank >= 1, "mean_rank", self.mean_rank, "at least 1: every adapted linear has a rank")
         for name in ("rank_growth", "error_tokens", "weight_decay", "eval_tokens", "checkpoint_minutes"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require(self.eval_tokens != 1, "eval_tokens", self.eval_tokens, "at least 2, or 0 for all")
-        for name in ("warmup", "last_step_share"):
+        for name in ("warmup", "last_step_share", "distill"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(
             self.batch_size % self.micro_batch_size == 0,
@@ -163,6 +174,8 @@ class Recipe:
             for name in ("allocation_samples", "calibration_samples"):
                 _require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2: RMI compares sequences")
         _require(abs(self.seed) <= 10**15, "seed", self.seed, "at most 1e15 either way")
+        if self.teacher_model and not self.distill:
+            raise LosaError(f"teacher_model {self.teacher_model!r} would never be asked: set distill above 0")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", self.device):
             raise LosaError(f"device {self.device!r}: use auto, cpu or cuda (cuda:0, cuda:1 ...)")
         ignored = [("ignore", pattern) for pattern in self.ignore]

@@ -2,14 +2,33 @@
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from losa.adapters import MaskedLinear
 from losa.model import Subject, targeted
 from losa.recipe import Recipe
 from losa.recovery.base import Recovery
-from losa.recovery.training import train
+from losa.recovery.training import Between, train
 
 if TYPE_CHECKING:
     from losa.data import Example
     from losa.run import Run
+
+
+class Settling(Between):
+    """Puts the trained values into the weights that the model computes with, whenever they have changed."""
+
+    def __init__(self, linears: list[MaskedLinear]) -> None:
+        self.linears = linears
+
+    def updated(self, update: int) -> None:
+        """After each update."""
+        for linear in self.linears:
+            linear.settle()
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """As a checkpoint has them."""
+        self.updated(0)
 
 
 class KeptWeights(Recovery):
@@ -26,13 +45,8 @@ class KeptWeights(Recovery):
     def recover(self, subject: Subject, examples: list["Example"], recipe: Recipe, step: int, run: "Run") -> None:
         """Train the kept weights of all targeted linears."""
         wanted = targeted([name for block in subject.blocks for name in block.linears], recipe)
-        open_now = {name: linear for block in subject.blocks for name, linear in block.masked.items() if name in wanted}
-        parameters = {f"{name}.kept": linear.open() for name, linear in open_now.items()}
-
-        def settle() -> None:
-            for linear in open_now.values():
-                linear.settle()
-
-        train(subject, parameters, examples, recipe, step, run, moved=settle)
-        for linear in open_now.values():
+        linears = {name: linear for block in subject.blocks for name, linear in block.masked.items() if name in wanted}
+        parameters = {f"{name}.kept": linear.open() for name, linear in linears.items()}
+        train(subject, parameters, examples, recipe, step, run, between=Settling(list(linears.values())))
+        for linear in linears.values():
             linear.close()
