@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from losa import recipe, registry
@@ -101,6 +102,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             options["help"] += f" (default: {default})"
         if kind is Literal:
             options["metavar"] = "|".join(get_args(field.type))
+        elif kind is UnionType:
+            options |= {"type": _number_or_word, "metavar": "FLOAT|auto"}
         elif kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         elif kind is list:
@@ -110,6 +113,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
         group.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _json_object(text: str) -> Any:

@@ -122,13 +122,16 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     size, vocabulary = dtype.itemsize, config.get_text_config().vocab_size
     gradients = registry.get("pruner", recipe.pruner).needs_gradients
 
-    base = parameters * size + weights // 8 + pairs
+    base = parameters * size * (2 if recipe.needs_dense_copy or recipe.teacher_model else 1) + weights // 8 + pairs
     features = min(recipe.error_tokens or tokens, tokens) * hidden * size * len(blocks)
     statistics = max(_statistics(block, recipe) for block in blocks)
     activations = min(calibration.BATCH_TOKENS, tokens) * 4 * max(linear.out_features for _, linear in linears) * size
     held = len(blocks).bit_length() + 1 if gradients else 1  # sets of hidden states
     logits = recipe.sequence_length * vocabulary * (size + 8) if gradients else 0
     calibrating = held * tokens * hidden * size + features + statistics + activations + logits
+    if recipe.reconstruct:  # the dense stream, and one block's values, gradients, moments and activations
+        widest = max(block.weights for block in blocks)
+        calibrating += tokens * hidden * size + round(16 * widest * (1 - recipe.sparsity_at(1))) + 4 * activations
     rows = recipe.micro_batch_size * recipe.train_length
     seen = sum((x.in_features + 2 * x.out_features) * experts.share_of_tokens(skeleton, name) for name, x in linears)
     saved = round(seen * rows) * size
@@ -138,7 +141,6 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         live = recipe.teacher == "live"  # which is one more model, and its logarithms in fp32
         chunk = min(rows * vocabulary, distillation.CHUNK)
         training += rows * vocabulary * (2 * size + 4 * live - 8) + 16 * chunk
-        base += parameters * size * live
         kept = 0 if live else 6 * recipe.train_samples * recipe.train_length * recipe.teacher_top
     state = weights * size + weights // 8 + pairs
     return {

@@ -53,6 +53,7 @@ class Subject:
     source: str
     stored: torch.dtype
     teacher: "Teacher | None" = None
+    dense: Any = None  # a frozen copy of the dense model, where something needs it later
 
     @property
     def pad_id(self) -> int:

@@ -1,5 +1,6 @@
 """The whole algorithm: for each step, rates -> masks -> errors -> ranks -> recovery; then merge and save (paper, section 2.4)."""
 
+import copy
 import json
 import os
 import time
@@ -32,6 +33,8 @@ from losa.pruners.base import Pruner
 from losa.pruning import prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings, load
 from losa.recovery.distillation import check_vocabulary, teacher_of
+from losa.recovery.rate import settled
+from losa.recovery.reconstruction import reconstruct, sequences, target_of
 from losa.run import Run
 from losa.shrink import shrink
 
@@ -120,6 +123,7 @@ def compress(
 def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Result:
     recovery = registry.get("recovery", recipe.recovery)()
     dense = remember_dense(subject, recipe, inputs, run)
+    subject.dense = copy.deepcopy(subject.model) if recipe.needs_dense_copy else None
     subject.teacher = teacher_of(subject, recipe, inputs, run)
     subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.ranks else 0)
     if recipe.structured:
@@ -137,7 +141,9 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
             state.done = step
             save(subject, state, run)
         rows = recipe.rows_of(step)
-        recovery.recover(subject, inputs.examples[rows.start : rows.stop], recipe, step, run)
+        examples = inputs.examples[rows.start : rows.stop]
+        rated = settled(subject, recovery, examples, recipe, step, state.history, run)
+        recovery.recover(subject, examples, rated, step, run)
         tell(run, state.history[-1], recipe, time.monotonic() - began)
 
     if recovery.merges:
@@ -214,16 +220,21 @@ def prune(
     unreached: list[str] = []
     if pruner.needs_gradients:
         unreached = prune_by_gradients(subject, recipe, step, rates, inputs, pruner, run)
-    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
+    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe), sequences(recipe))
+    target = target_of(subject, recipe, inputs.calibration, device_of(recipe))
     positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     errors = []
     for block in run.track(subject.blocks, f"step {step}/{recipe.steps}: pruning"):
+        if target:
+            target.advance(block)
         if recipe.structured:
             structure.prune_block(block, pruner, rates.get(block.name, 0.0), stream, recipe.true_sequential)
         elif not pruner.needs_gradients:
             amounts = recipe.amounts(block, rates)
             missed = prune_block(block, pruner, amounts, stream, true_sequential=recipe.true_sequential)
             unreached += experts_of(missed, run)
+        if target:
+            reconstruct(block, stream, target, recipe, step, run)
         stream.advance(block)
         errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
     return errors, unreached

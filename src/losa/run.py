@@ -6,6 +6,7 @@ DIR/run/files.json     what of DIR/* is losa's
 DIR/run/dense.*        measurements of the dense model: features, Gram matrices, perplexity
 DIR/run/pruned.*       weights, masks and pairs after the latest pruning, and the history so far
 DIR/run/teacher-*.*    what the dense model says of the recovery rows
+DIR/run/rate.*         the learning rate, if it was searched for
 DIR/run/recovery.*     the pairs or weights being trained since, with the optimizer's state
 DIR/*                  the finished model; losa.json comes last
 
@@ -148,7 +149,7 @@ class Run:
         if self.output is None:
             return
         teachers = [path.stem for path in self.folder.glob("teacher-*.safetensors")]
-        for name in ("dense", "pruned", "recovery", *teachers):
+        for name in ("dense", "pruned", "rate", "recovery", *teachers):
             self.path(name).unlink(missing_ok=True)
 
     def claim(self, names: list[str]) -> None:

@@ -4,7 +4,6 @@ The divergence is KL(teacher || student) at one temperature. Of a cached teacher
 and one bucket for all others, which is at most the whole KL, and zero only where these masses agree.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -159,7 +158,7 @@ def teacher_of(subject: Subject, recipe: Recipe, inputs: Inputs, run: "Run") -> 
             raise LosaError(f"teacher_model {name!r} is not what the run was started with: start a new run")
         run.save("teacher-model", {}, {"seen": seen})
     elif recipe.teacher == "live":
-        dense = copy.deepcopy(dense)
+        dense = subject.dense
     # heads may be padded, each to a size of its own
     common = min(m.get_output_embeddings().weight.shape[0] for m in (dense, subject.model))
     live = Live(dense, common, recipe.distill_temperature)

@@ -47,6 +47,8 @@ class KeptWeights(Recovery):
         wanted = targeted([name for block in subject.blocks for name in block.linears], recipe)
         linears = {name: linear for block in subject.blocks for name, linear in block.masked.items() if name in wanted}
         parameters = {f"{name}.kept": linear.open() for name, linear in linears.items()}
-        train(subject, parameters, examples, recipe, step, run, between=Settling(list(linears.values())))
-        for linear in linears.values():
-            linear.close()
+        try:
+            train(subject, parameters, examples, recipe, step, run, between=Settling(list(linears.values())))
+        finally:
+            for linear in linears.values():
+                linear.close()

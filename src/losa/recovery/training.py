@@ -39,12 +39,12 @@ def train(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        list(parameters.values()), lr=recipe.peak_rate, weight_decay=recipe.weight_decay, fused=True
     )
     done = _restore(run, step, parameters, optimizer, between)
     try:
         for update in run.track(range(done, len(batches)), f"step {step}/{recipe.steps}: recovery", done=done):
-            rate = recipe.learning_rate * share_of_peak(update, len(batches), recipe.warmup)
+            rate = recipe.peak_rate * share_of_peak(update, len(batches), recipe.warmup)
             optimizer.param_groups[0]["lr"] = rate
             rows = [first + i for i in batches[update]]
             loss = accumulate(subject, [examples[i] for i in batches[update]], rows, recipe) + between.penalise()
@@ -52,7 +52,7 @@ def train(
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise LosaError(
                     f"step {step}, update {update + 1}: loss {loss}, gradient norm {norm:.3g}: lower learning_rate "
-                    f"({recipe.learning_rate:g}) or clip ({recipe.clip:g})"
+                    f"({recipe.peak_rate:g}) or clip ({recipe.clip:g})"
                 )
             optimizer.step()
             between.updated(update)
