@@ -58,7 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     compress = command("compress", _compress, "prune a model in steps, recover it, merge, save")
     compress.add_argument("model", metavar="MODEL", help="local folder, name on the hub, or demo (the built-in model)")
     compress.add_argument("--output", type=Path, help="new folder for the result and the run")
-    compress.add_argument("--recipe", help=f"settings: {', '.join(recipe.RECIPES)}, or a JSON file; flags go on top")
+    compress.add_argument(
+        "--recipe",
+        help=f"settings: {', '.join(recipe.RECIPES)}, or JSON files, several with commas between; flags go on top",
+    )
     compress.add_argument("--resume", action="store_true", help="go on with the run in --output, with its own settings")
     compress.add_argument("--overwrite", action="store_true", help="replace the run in --output")
     compress.add_argument(

@@ -18,7 +18,7 @@ from losa.patterns import Amount
 if TYPE_CHECKING:
     from losa.model import Block
 
-RECIPES = ("paper", "demo", "lora", "sparse-lora")
+RECIPES = ("paper", "best", "best-adapters", "demo", "lora", "sparse-lora")
 
 
 def setting(default: Any, doc: str) -> Any:
@@ -321,23 +321,12 @@ TARGETS = {
 }
 
 
-def load(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The recipe of that name or JSON file (None: the defaults), with `overrides` on top. Raises LosaError."""
+def load(names: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of that name or JSON file, or of several with commas between them, each on top of those before it
+    (demo,best: the demo's data, the best method); None: the defaults. `overrides` go on top. Raises LosaError."""
     settings: dict[str, Any] = {}
-    if name_or_path in RECIPES:
-        settings = json.loads(resources.files("losa").joinpath("recipes", f"{name_or_path}.json").read_text())
-    elif name_or_path is not None:
-        path = Path(name_or_path)
-        if not path.is_file():
-            if path.suffix or "/" in name_or_path:
-                raise LosaError(f"recipe file {name_or_path!r} does not exist")
-            raise registry.unknown("recipe", name_or_path, RECIPES)
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise LosaError(f"recipe file {name_or_path!r} is not JSON: {error}") from None
-        if not isinstance(settings, dict):
-            raise LosaError(f"recipe file {name_or_path!r} holds no settings: expected one JSON object")
+    for name in [names] if names is None or Path(names).is_file() else names.split(","):
+        settings |= {} if name is None else _settings_of(name)
     overrides = overrides or {}
     if "pattern" in overrides and "sparsity" not in overrides:
         said = isinstance(overrides["pattern"], str) and patterns.parse(overrides["pattern"]).sparsity
@@ -348,6 +337,26 @@ def load(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> R
         ):
             settings = {key: value for key, value in settings.items() if key not in ("pruner", "pruner_options")}
     return from_settings(settings | overrides)
+
+
+def _settings_of(name_or_path: str) -> dict[str, Any]:
+    if name_or_path in RECIPES:
+        shipped: dict[str, Any] = json.loads(
+            resources.files("losa").joinpath("recipes", f"{name_or_path}.json").read_text()
+        )
+        return shipped
+    path = Path(name_or_path)
+    if not path.is_file():
+        if path.suffix or "/" in name_or_path:
+            raise LosaError(f"recipe file {name_or_path!r} does not exist")
+        raise registry.unknown("recipe", name_or_path, RECIPES)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LosaError(f"recipe file {name_or_path!r} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise LosaError(f"recipe file {name_or_path!r} holds no settings: expected one JSON object")
+    return settings
 
 
 def from_settings(settings: dict[str, Any]) -> Recipe:
