@@ -248,3 +248,24 @@ def test_comparisons_are_one_step_of_rank_8_and_uniform_rates(name: str, recover
     made = load(name)
     assert (made.recovery, made.steps, made.mean_rank) == (recovery, 1, 8)
     assert (made.allocator, made.rank_by) == ("uniform", "uniform")
+
+
+def test_recipes_go_on_top_of_each_other(tmp_path: Path) -> None:
+    both = load("demo,best", {"seed": 3})
+    demo, best = (
+        json.loads((Path(recipe.__file__).parent / "recipes" / f"{n}.json").read_text()) for n in ("demo", "best")
+    )
+    assert both == from_settings(demo | best | {"seed": 3})
+    assert both.calibration == "demo" and both.recovery == "full"
+    path = tmp_path / "mine,too.json"
+    path.write_text('{"steps": 2}')
+    assert load(str(path)).steps == 2
+    with pytest.raises(LosaError, match="did you mean 'best'"):
+        load("demo,bets")
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("best", False), ("best-adapters", True)])
+def test_best_says_nothing_of_data(name: str, ranks: bool) -> None:
+    made = load(name)
+    assert registry.get("recovery", made.recovery).ranks == ranks and registry.get("recovery", made.recovery).merges
+    assert (made.calibration, made.train_data, made.learning_rate) == ("c4", "alpaca-gpt4", "auto")

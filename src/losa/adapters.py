@@ -1,6 +1,7 @@
-"""The masked low-rank linear: y = x (M * (W + s B A))^T + b, three GEMMs a training step and nothing dense kept for backward.
+"""The masked linear: y = x (M * (W + s B A))^T + b, three GEMMs a training step and nothing dense kept for backward.
 
-`effective_weight` is the one place where the pair meets the weight; forward, backward and merge all go through it.
+What is trained is the pair A, B, or, while the linear is open, the kept weights themselves. `effective_weight` is the one
+place where the pair meets the weight; forward, backward and merge all go through it.
 """
 
 from collections.abc import Iterator
@@ -60,11 +61,7 @@ class _MaskedLowRank(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bits, a, b)
         ctx.scaling = scaling
         with torch.autocast(x.device.type, enabled=False):
-            effective = effective_weight(weight, bits, a, b, scaling, x.dtype)
-            rows = F.linear(x.reshape(-1, x.shape[-1]), effective, None if bias is None else bias.to(x.dtype))
-            # With a bias and more dimensions F.linear gives a view, which a model may not add to in place, as Falcon does.
-            y: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], len(weight)))
-            return y
+            return _product(x, effective_weight(weight, bits, a, b, scaling, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -97,6 +94,43 @@ def _contract(gradient: Tensor, bits: Tensor, a: Tensor, b: Tensor, scaling: flo
     return da.to(a.dtype), db.mul_(scaling).to(b.dtype)
 
 
+class _Kept(torch.autograd.Function):
+    """y = x W^T + b whose gradient goes to `kept`, the flat values of W that the mask keeps: one GEMM forward, two backward.
+
+    Saves x, W and the packed mask. GEMMs run in x.dtype; W holds `kept` rounded to its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bits)
+        with torch.autocast(x.device.type, enabled=False):
+            return _product(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bits = ctx.saved_tensors
+        need_x, need_kept, _, _, need_bias = ctx.needs_input_grad
+        dx = dkept = None
+        dy = dy.reshape(-1, weight.shape[0])
+        with torch.autocast(x.device.type, enabled=False):
+            if need_x:
+                dx = torch.mm(dy, weight.to(x.dtype)).view(x.shape)
+            if need_kept:
+                dense = torch.mm(dy.t(), x.reshape(-1, x.shape[-1]))
+                dkept = dense[masks.unpack(bits, weight.shape[1])].float()
+            dbias = dy.sum(0) if need_bias else None
+        return dx, dkept, None, None, dbias
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, x [..., in] and weight [out, in] of one dtype."""
+    rows = F.linear(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
+    # With a bias and more dimensions F.linear gives a view, which a model may not add to in place, as Falcon does.
+    y: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], len(weight)))
+    return y
+
+
 class MaskedLinear(nn.Module):
     """A pruned linear with a low-rank pair under its mask; takes the place of an nn.Linear and merges back exactly.
 
@@ -105,6 +139,9 @@ class MaskedLinear(nn.Module):
     first: `set_rank` draws them. Parameters `lora_A` [max_rank, in] and `lora_B` [out, max_rank] are fp32 whatever the
     weight is, and None if max_rank is 0. Buffer `mask_bits`: uint8 [out, ceil(in / 8)], 1 keeps. `rank` is in the
     state dict. An optimizer's state of the rows above `rank` is the trainer's to zero.
+
+    Between `open` and `close` the kept weights are trained instead: `kept`, a flat fp32 parameter (with its gradient
+    and AdamW's moments 16 bytes a kept weight), of which `weight` is the rounded image after each `settle`.
     """
 
     merges: ClassVar[bool] = True
@@ -113,6 +150,7 @@ class MaskedLinear(nn.Module):
     mask_bits: Tensor
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    kept: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, max_rank: int, scaling: float) -> None:
         super().__init__()
@@ -127,6 +165,7 @@ class MaskedLinear(nn.Module):
         if max_rank:
             self.lora_A = nn.Parameter(torch.zeros(max_rank, self.in_features, device=self.weight.device))
             self.lora_B = nn.Parameter(torch.zeros(self.out_features, max_rank, device=self.weight.device))
+        self.kept, self._folded = None, 0  # the rank of the pair that `open` has put into the weight
         self.train(linear.training)
 
     @property
@@ -183,6 +222,40 @@ class MaskedLinear(nn.Module):
         return effective_weight(self.weight, self.mask_bits, *self._pair(), self.scaling, dtype)
 
     @torch.no_grad()
+    def open(self) -> nn.Parameter:
+        """Train the kept weights, with the pair merged into them: the flat fp32 parameter `kept`, in the mask's order by rows.
+
+        The pair is frozen meanwhile; the output does not move, but for the rounding of the weight to its dtype.
+        """
+        if self.kept is not None:
+            raise LosaError("the linear is open already")
+        if self.rank and not self.merges:
+            raise LosaError("the kept weights cannot be trained beside a pair that does not merge")
+        self.kept = nn.Parameter(self.effective_weight(torch.float32)[self.mask])
+        self.rank, self._folded = 0, self.rank
+        self.settle()
+        return self.kept
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put `kept`, which an update has moved, into the weight."""
+        assert self.kept is not None, "only an open linear has kept weights of its own"
+        self.weight.masked_scatter_(self.mask, self.kept.to(self.weight.dtype))
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Freeze the kept weights: W + s M * (B A) is what they have become, rounded once to the weight's dtype."""
+        assert self.kept is not None, "only an open linear can be closed"
+        self.rank, self._folded = self._folded, 0
+        if self.rank:
+            mask, zero = self.mask, torch.zeros_like(self.weight)
+            pair = effective_weight(zero, self.mask_bits, *self._pair(), self.scaling, torch.float32)
+            self.weight.masked_scatter_(mask, (self.kept - pair[mask]).to(self.weight.dtype))
+        else:
+            self.settle()
+        self.kept = None
+
+    @torch.no_grad()
     def merge(self) -> nn.Linear:
         """A plain linear, frozen, with the effective weight in the weight's dtype: +0.0 wherever masked. Leaves self as it is."""
         weight = self.effective_weight().masked_fill_(~self.mask, 0)  # -0.0 to 0.0
@@ -193,7 +266,7 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] of the weight's dtype (any, under autocast) -> [..., out]."""
-        if self.rank == 0:
+        if self.rank == 0 and self.kept is None:
             return F.linear(x, self.weight, self.bias)
         if self.weight.requires_grad:
             raise LosaError("the base weight must stay frozen: requires_grad was set on it")
@@ -201,6 +274,9 @@ class MaskedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype != self.weight.dtype:
             raise LosaError(f"input is {x.dtype}, weight is {self.weight.dtype}: convert one or use autocast")
+        if self.kept is not None:
+            trained: Tensor = _Kept.apply(x, self.kept, self.weight, self.mask_bits, self.bias)
+            return trained
         a, b = self._pair()
         y: Tensor = _MaskedLowRank.apply(x, self.weight, self.mask_bits, a, b, self.bias, self.scaling)
         return y
@@ -246,9 +322,9 @@ class LowRankLinear(MaskedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]; the low-rank path runs in the pair's dtype, as in PEFT."""
-        y = F.linear(x, self.weight, self.bias)
         if self.rank == 0:
-            return y
+            return super().forward(x)
+        y = F.linear(x, self.weight, self.bias)
         a, b = self._pair()
         low = F.linear(x.to(a.dtype), a) * self.scaling
         return y + F.linear(low, b).to(y.dtype)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from losa import recipe, registry
@@ -57,7 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     compress = command("compress", _compress, "prune a model in steps, recover it, merge, save")
     compress.add_argument("model", metavar="MODEL", help="local folder, name on the hub, or demo (the built-in model)")
     compress.add_argument("--output", type=Path, help="new folder for the result and the run")
-    compress.add_argument("--recipe", help=f"settings: {', '.join(recipe.RECIPES)}, or a JSON file; flags go on top")
+    compress.add_argument(
+        "--recipe",
+        help=f"settings: {', '.join(recipe.RECIPES)}, or JSON files, several with commas between; flags go on top",
+    )
     compress.add_argument("--resume", action="store_true", help="go on with the run in --output, with its own settings")
     compress.add_argument("--overwrite", action="store_true", help="replace the run in --output")
     compress.add_argument(
@@ -142,6 +146,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             options["help"] += f" (default: {default})"
         if kind is Literal:
             options["metavar"] = "|".join(get_args(field.type))
+        elif kind is UnionType:
+            options |= {"type": _number_or_word, "metavar": "FLOAT|auto"}
         elif kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         elif kind is list:
@@ -151,6 +157,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
         group.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _json_object(text: str) -> Any:
@@ -210,6 +223,9 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
     print(
         f"pruner {settings.pruner}, allocator {settings.allocator}, recovery {settings.recovery} on {planned['linears_adapted']} linears"
     )
+    if planned["parameters_trained"]:
+        merging = "which merge exactly" if planned["merges"] else "which do not merge"
+        print(f"trained: {planned['trained']}, {planned['parameters_trained']:,} values at most, {merging}")
     names = ("step", "sparsity", "mean_rank", "rows")
     print_table([names, *(tuple(str(step[name]) for name in names) for step in planned["steps"])])
     print(

@@ -64,7 +64,7 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
             "model, which holds all experts as one: choose targets without experts, or losa"
         )
     useful = max((min(linears[name].weight.shape) for name in wanted), default=0)
-    if recovery.trains and recipe.mean_rank_at(recipe.steps) > useful:
+    if recovery.ranks and recipe.mean_rank_at(recipe.steps) > useful:
         raise LosaError(
             f"the mean rank would reach {recipe.mean_rank_at(recipe.steps):g}, the widest linear has {useful}"
             ": lower mean_rank or rank_growth"

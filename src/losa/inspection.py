@@ -11,6 +11,7 @@ from losa.checkpoint import Checkpoint, weight_bytes
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.recipe import Recipe, from_settings
+from losa.recovery import distillation
 from losa.run import FORMAT
 from losa.sparse.linear import layouts_in
 
@@ -90,29 +91,39 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     linears = [(name, linear) for block in blocks for name, linear in block.linears.items()]
     wanted = model.targeted([name for name, _ in linears], recipe) if recovery.trains else set()
     adapted = [linear for name, linear in linears if name in wanted]
-    widths = sum(linear.in_features + linear.out_features for linear in adapted)
+    trained = sum(recovery.parameters((linear.out_features, linear.in_features), recipe) for linear in adapted)
+    pairs = 4 * trained if recovery.ranks else 0  # bytes of values that are there all the time
     hidden = skeleton.get_input_embeddings().embedding_dim
     tokens = recipe.calibration_samples * recipe.sequence_length
     size, vocabulary = dtype.itemsize, config.get_text_config().vocab_size
     gradients = registry.get("pruner", recipe.pruner).needs_gradients
 
-    base = parameters * size + weights // 8 + 4 * recipe.max_rank * widths
+    base = parameters * size * (2 if recipe.needs_dense_copy or recipe.teacher_model else 1) + weights // 8 + pairs
     features = min(recipe.error_tokens or tokens, tokens) * hidden * size * len(blocks)
     statistics = max(_statistics(block, recipe) for block in blocks)
     activations = min(calibration.BATCH_TOKENS, tokens) * 4 * max(linear.out_features for _, linear in linears) * size
     held = len(blocks).bit_length() + 1 if gradients else 1  # sets of hidden states
     logits = recipe.sequence_length * vocabulary * (size + 8) if gradients else 0
     calibrating = held * tokens * hidden * size + features + statistics + activations + logits
+    if recipe.reconstruct:  # the dense stream, and one block's values, gradients, moments and activations
+        widest = max(block.weights for block in blocks)
+        calibrating += tokens * hidden * size + round(16 * widest * (1 - recipe.sparsity_at(1))) + 4 * activations
     rows = recipe.micro_batch_size * recipe.train_length
     seen = sum((x.in_features + 2 * x.out_features) * experts.share_of_tokens(skeleton, name) for name, x in linears)
     saved = round(seen * rows) * size
-    training = 3 * 4 * recipe.max_rank * widths + saved + rows * vocabulary * (size + 8) if adapted else 0
+    training = 16 * trained - pairs + saved + rows * vocabulary * (size + 8) if adapted else 0
+    kept = 0  # bytes of a cached teacher's predictions, on disk
+    if adapted and recipe.distill:
+        live = recipe.teacher == "live"  # which is one more model, and its logarithms in fp32
+        chunk = min(rows * vocabulary, distillation.CHUNK)
+        training += rows * vocabulary * (2 * size + 4 * live - 8) + 16 * chunk
+        kept = 0 if live else 6 * recipe.train_samples * recipe.train_length * recipe.teacher_top
     stored = min(size, getattr(config.dtype, "itemsize", size))
-    saved = parameters * stored
+    result = parameters * stored
     if recipe.format == "packed":
         value = 1 if recipe.values == "int8" else stored
-        saved -= weights * stored - round(weights * (1 - recipe.sparsity)) * value - weights // 8
-    state = weights * size + weights // 8 + 4 * recipe.max_rank * widths
+        result -= weights * stored - round(weights * (1 - recipe.sparsity)) * value - weights // 8
+    state = weights * size + weights // 8 + pairs
     return {
         "model": type(skeleton).__name__,
         "device": str(device),
@@ -122,11 +133,14 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         "prunable": weights,
         "kept": round(weights * (1 - recipe.sparsity)),
         "linears_adapted": len(adapted),
+        "trained": recovery.trained,
+        "parameters_trained": trained,
+        "merges": recovery.merges,
         "steps": [
             {
                 "step": step,
                 "sparsity": round(recipe.sparsity_at(step), 6),
-                "mean_rank": recipe.mean_rank_at(step) if recovery.trains else 0,
+                "mean_rank": recipe.mean_rank_at(step) if recovery.ranks else 0,
                 "rows": len(recipe.rows_of(step)) if recovery.trains else 0,
             }
             for step in range(1, recipe.steps + 1)
@@ -134,8 +148,8 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         "memory": base + max(calibrating, training),
         "memory_parts": {"model": base, "calibration": calibrating, "recovery": training},
         # each state is replaced by a whole new one beside it
-        "saved": saved,
-        "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * recipe.max_rank * widths,
+        "saved": result,
+        "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * trained + kept,
     }
 
 

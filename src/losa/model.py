@@ -20,6 +20,7 @@ from losa.sparse.linear import PackedLinear
 
 if TYPE_CHECKING:
     from losa.adapters import MaskedLinear
+    from losa.recovery.distillation import Teacher
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -44,13 +45,16 @@ class Block:
 
 @dataclass
 class Subject:
-    """What is compressed: the model, its tokenizer, its blocks in order, where it came from, and the type it is saved in."""
+    """What is compressed: the model, its tokenizer, its blocks in order, where it came from, the type it is saved in, and
+    what teaches it while it is repaired."""
 
     model: Any
     tokenizer: Any
     blocks: list[Block]
     source: str
     stored: torch.dtype
+    teacher: "Teacher | None" = None
+    dense: Any = None  # a frozen copy of the dense model, where something needs it later
 
     @property
     def pad_id(self) -> int:

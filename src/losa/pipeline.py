@@ -1,5 +1,6 @@
 """The whole algorithm: for each step, rates -> masks -> errors -> ranks -> recovery; then merge and save (paper, section 2.4)."""
 
+import copy
 import json
 import os
 import time
@@ -31,6 +32,9 @@ from losa.progress import Progress
 from losa.pruners.base import Pruner
 from losa.pruning import prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings, load
+from losa.recovery.distillation import check_vocabulary, teacher_of
+from losa.recovery.rate import settled
+from losa.recovery.reconstruction import reconstruct, sequences, target_of
 from losa.run import Run
 from losa.shrink import OURS, PLAIN, shrink
 from losa.sparse.linear import pack_model
@@ -91,12 +95,16 @@ def compress(
     config = check(source, recipe, output, overwrite, resume)
     if output is None and not registry.get("recovery", recipe.recovery).merges:
         raise LosaError(f"recovery {recipe.recovery!r} does not merge: name an output for the pairs it trains")
+    if output is None and recipe.distill and recipe.teacher == "cached":
+        raise LosaError("a cached teacher's predictions are kept in the run: name an output, or set teacher to live")
     if tokenizer is None:
         if not isinstance(source, str):
             raise LosaError(f"a loaded model ({name}) needs its tokenizer: pass tokenizer=")
         tokenizer = model.load_tokenizer(source, config)
     else:
         data.check_tokenizer(tokenizer, config.get_text_config().vocab_size)
+    if teacher := recipe.teacher_model:
+        check_vocabulary(model.load_tokenizer(teacher, model.load_config(teacher)), tokenizer, teacher)
     run = Run(output, progress or Progress(quiet=True))
     try:
         if resume:
@@ -116,7 +124,9 @@ def compress(
 def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Result:
     recovery = registry.get("recovery", recipe.recovery)()
     dense = remember_dense(subject, recipe, inputs, run)
-    subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.trains else 0)
+    subject.dense = copy.deepcopy(subject.model) if recipe.needs_dense_copy else None
+    subject.teacher = teacher_of(subject, recipe, inputs, run)
+    subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.ranks else 0)
     if recipe.structured:
         structure.prepare(subject.blocks, recipe.build("pruner"))
     state = restore(subject, run)
@@ -126,13 +136,15 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         if step > state.done:
             rates = allocate(subject, recipe, step, inputs, dense, state, run)
             errors, unreached = prune(subject, recipe, step, rates, inputs, dense, run)
-            chosen = set_ranks(subject, recipe, step, errors) if recovery.trains else []
+            chosen = set_ranks(subject, recipe, step, errors) if recovery.ranks else []
             record = {"step": step, "rates": rates, "errors": errors, "ranks": chosen, "unreached": unreached}
             state.history.append(record)
             state.done = step
             save(subject, state, run)
         rows = recipe.rows_of(step)
-        recovery.recover(subject, inputs.examples[rows.start : rows.stop], recipe, step, run)
+        examples = inputs.examples[rows.start : rows.stop]
+        rated = settled(subject, recovery, examples, recipe, step, state.history, run)
+        recovery.recover(subject, examples, rated, step, run)
         tell(run, state.history[-1], recipe, time.monotonic() - began)
 
     if recovery.merges:
@@ -211,16 +223,21 @@ def prune(
     unreached: list[str] = []
     if pruner.needs_gradients:
         unreached = prune_by_gradients(subject, recipe, step, rates, inputs, pruner, run)
-    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
+    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe), sequences(recipe))
+    target = target_of(subject, recipe, inputs.calibration, device_of(recipe))
     positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     errors = []
     for block in run.track(subject.blocks, f"step {step}/{recipe.steps}: pruning"):
+        if target:
+            target.advance(block)
         if recipe.structured:
             structure.prune_block(block, pruner, rates.get(block.name, 0.0), stream, recipe.true_sequential)
         elif not pruner.needs_gradients:
             amounts = recipe.amounts(block, rates)
             missed = prune_block(block, pruner, amounts, stream, true_sequential=recipe.true_sequential)
             unreached += experts_of(missed, run)
+        if target:
+            reconstruct(block, stream, target, recipe, step, run)
         stream.advance(block)
         errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
     return errors, unreached

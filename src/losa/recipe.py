@@ -1,5 +1,6 @@
 """The one configuration: every setting with its type, meaning and bounds; checked before a model loads; saved beside every result."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -17,7 +18,7 @@ from losa.patterns import Amount
 if TYPE_CHECKING:
     from losa.model import Block
 
-RECIPES = ("paper", "demo", "lora", "sparse-lora")
+RECIPES = ("paper", "best", "best-adapters", "demo", "lora", "sparse-lora")
 
 
 def setting(default: Any, doc: str) -> Any:
@@ -79,7 +80,26 @@ class Recipe:
         0.6, "share of the recovery rows for the last step; the others share the rest evenly"
     )
     loss_on: Literal["all", "answer"] = setting("all", "tokens the loss counts: the whole text, or the answer only")
-    learning_rate: float = setting(2e-3, "peak learning rate of AdamW")
+    epochs: int = setting(1, "times each step reads its recovery rows")
+    distill: float = setting(
+        0.0, "share of the loss that is the divergence from a teacher's predictions; the rest is the next token's"
+    )
+    distill_temperature: float = setting(1.0, "temperature of both sides of the divergence")
+    teacher: Literal["live", "cached"] = setting(
+        "live", "live: a frozen copy of the dense model; cached: what it says of the rows, written into the run first"
+    )
+    teacher_top: int = setting(64, "tokens kept of each prediction of a cached teacher; the others are one bucket")
+    teacher_model: str = setting("", "another model as the teacher, with the same vocabulary; empty: the dense one")
+    reconstruct: int = setting(
+        0,
+        "times each block's kept weights read the calibration sequences, once pruned, to come near the dense block's output",
+    )
+    reconstruct_rate: float = setting(
+        0.02, "peak learning rate of that, as a share of the root mean square of a linear's kept weights"
+    )
+    learning_rate: float | str = setting(
+        2e-3, "peak learning rate of AdamW; auto: by short trials, on rows held out from them"
+    )
     batch_size: int = setting(8, "recovery rows an optimizer step takes")
     micro_batch_size: int = setting(
         None, "rows that go through the model at once, a divisor of batch_size; default: the largest up to 4"
@@ -151,14 +171,17 @@ class Recipe:
         self._check_what_pruner_reads()
         self._check_format()
         positive = "steps calibration_samples sequence_length allocation_samples train_samples train_length batch_size"
-        for name in [*positive.split(), "micro_batch_size", "base_rank", "learning_rate", "alpha", "clip"]:
+        self._check_rate()
+        others = ("epochs", "distill_temperature", "teacher_top", "reconstruct_rate")
+        for name in [*positive.split(), "micro_batch_size", "base_rank", "alpha", "clip", *others]:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require(self.mean_rank >= 1, "mean_rank", self.mean_rank, "at least 1: every adapted linear has a rank")
-        for name in ("rank_growth", "error_tokens", "weight_decay", "eval_tokens", "eval_window", "checkpoint_minutes"):
+        least = "rank_growth error_tokens reconstruct weight_decay eval_tokens eval_window checkpoint_minutes"
+        for name in least.split():
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require(self.eval_tokens != 1, "eval_tokens", self.eval_tokens, "at least 2, or 0 for all")
         _require(self.eval_window != 1, "eval_window", self.eval_window, "at least 2, or 0 for the model's")
-        for name in ("warmup", "last_step_share"):
+        for name in ("warmup", "last_step_share", "distill"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(
             self.batch_size % self.micro_batch_size == 0,
@@ -175,6 +198,8 @@ class Recipe:
             for name in ("allocation_samples", "calibration_samples"):
                 _require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2: RMI compares sequences")
         _require(abs(self.seed) <= 10**15, "seed", self.seed, "at most 1e15 either way")
+        if self.teacher_model and not self.distill:
+            raise LosaError(f"teacher_model {self.teacher_model!r} would never be asked: set distill above 0")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", self.device):
             raise LosaError(f"device {self.device!r}: use auto, cpu or cuda (cuda:0, cuda:1 ...)")
         ignored = [("ignore", pattern) for pattern in self.ignore]
@@ -183,6 +208,18 @@ class Recipe:
                 re.compile(pattern)
             except re.error as error:
                 raise LosaError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+
+    def _check_rate(self) -> None:
+        """Raise LosaError for a learning rate that is neither a number above 0 nor auto."""
+        if isinstance(self.learning_rate, str):
+            if self.learning_rate != "auto":
+                raise LosaError(f"learning_rate is {self.learning_rate!r}: must be a number or auto")
+            least = "at least 2: trials are judged by rows held out from them"
+            trained = registry.get("recovery", self.recovery).trains
+            rows = min(len(self.rows_of(step)) for step in (1, self.steps))
+            _require(rows >= 2 or not trained, "train_samples", self.train_samples, f"enough for {least} a step")
+        else:
+            _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0, or auto")
 
     def _check_kind_of_pruner(self) -> None:
         """Raise LosaError for a pruner of single weights where whole heads go, and the other way round."""
@@ -283,6 +320,26 @@ class Recipe:
         bounds = [early * s // max(1, self.steps - 1) for s in range(self.steps)] + [self.train_samples]
         return range(bounds[step - 1], bounds[step])
 
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate, once it is a number."""
+        assert isinstance(self.learning_rate, float), "the learning rate has not been searched for"
+        return self.learning_rate
+
+    @property
+    def needs_dense_copy(self) -> bool:
+        """Whether the dense model is read once pruning has begun, beyond a block's turn in the first pass."""
+        taught = self.distill and self.teacher == "live" and not self.teacher_model
+        again = self.steps > 1 or registry.get("pruner", self.pruner).needs_gradients
+        return bool(taught and registry.get("recovery", self.recovery).trains) or bool(self.reconstruct and again)
+
+    def at(self, **settings: Any) -> "Recipe":
+        """The same with other settings, which are taken as they are."""
+        made = copy.copy(self)
+        for name, value in settings.items():
+            object.__setattr__(made, name, value)
+        return made
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -294,23 +351,12 @@ TARGETS = {
 }
 
 
-def load(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The recipe of that name or JSON file (None: the defaults), with `overrides` on top. Raises LosaError."""
+def load(names: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of that name or JSON file, or of several with commas between them, each on top of those before it
+    (demo,best: the demo's data, the best method); None: the defaults. `overrides` go on top. Raises LosaError."""
     settings: dict[str, Any] = {}
-    if name_or_path in RECIPES:
-        settings = json.loads(resources.files("losa").joinpath("recipes", f"{name_or_path}.json").read_text())
-    elif name_or_path is not None:
-        path = Path(name_or_path)
-        if not path.is_file():
-            if path.suffix or "/" in name_or_path:
-                raise LosaError(f"recipe file {name_or_path!r} does not exist")
-            raise registry.unknown("recipe", name_or_path, RECIPES)
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise LosaError(f"recipe file {name_or_path!r} is not JSON: {error}") from None
-        if not isinstance(settings, dict):
-            raise LosaError(f"recipe file {name_or_path!r} holds no settings: expected one JSON object")
+    for name in [names] if names is None or Path(names).is_file() else names.split(","):
+        settings |= {} if name is None else _settings_of(name)
     overrides = overrides or {}
     if "pattern" in overrides and "sparsity" not in overrides:
         said = isinstance(overrides["pattern"], str) and patterns.parse(overrides["pattern"]).sparsity
@@ -321,6 +367,26 @@ def load(name_or_path: str | None, overrides: dict[str, Any] | None = None) -> R
         ):
             settings = {key: value for key, value in settings.items() if key not in ("pruner", "pruner_options")}
     return from_settings(settings | overrides)
+
+
+def _settings_of(name_or_path: str) -> dict[str, Any]:
+    if name_or_path in RECIPES:
+        shipped: dict[str, Any] = json.loads(
+            resources.files("losa").joinpath("recipes", f"{name_or_path}.json").read_text()
+        )
+        return shipped
+    path = Path(name_or_path)
+    if not path.is_file():
+        if path.suffix or "/" in name_or_path:
+            raise LosaError(f"recipe file {name_or_path!r} does not exist")
+        raise registry.unknown("recipe", name_or_path, RECIPES)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LosaError(f"recipe file {name_or_path!r} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise LosaError(f"recipe file {name_or_path!r} holds no settings: expected one JSON object")
+    return settings
 
 
 def from_settings(settings: dict[str, Any]) -> Recipe:
@@ -334,7 +400,8 @@ def from_settings(settings: dict[str, Any]) -> Recipe:
 
 def _widened(value: Any, kind: Any) -> Any:
     """6 as 6.0 where a float is meant (JSON does not tell them apart), unless no float is as large."""
-    return float(value) if kind is float and type(value) is int and abs(value) < 2**1023 else value
+    whole = type(value) is int and abs(value) < 2**1023
+    return float(value) if whole and float in (kind, *get_args(kind)) else value
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
@@ -344,8 +411,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         return
     parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     allowed = tuple(get_origin(part) or part for part in parts)
-    if float in allowed:
-        value = _widened(value, float)
+    value = _widened(value, kind)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise LosaError(f"{name}: expected {' or '.join(k.__name__ for k in allowed)}, got {value!r}")
     if kind == list[str] and not all(isinstance(part, str) for part in value):

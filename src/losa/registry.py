@@ -27,6 +27,7 @@ ALLOCATORS = {
 RECOVERIES = {
     "losa": "losa.recovery.low_rank:MaskedLowRank",
     "lora": "losa.recovery.low_rank:LowRankApart",
+    "full": "losa.recovery.full:KeptWeights",
     "none": "losa.recovery.none:NoRecovery",
 }
 KINDS = {"pruner": PRUNERS | STRUCTURED, "allocator": ALLOCATORS, "recovery": RECOVERIES}

@@ -5,7 +5,9 @@ DIR/run/log.jsonl      one line an event
 DIR/run/files.json     what of DIR/* is losa's
 DIR/run/dense.*        measurements of the dense model: features, Gram matrices, perplexity
 DIR/run/pruned.*       weights, masks and pairs after the latest pruning, and the history so far
-DIR/run/recovery.*     the pairs being trained since, with the optimizer's state
+DIR/run/teacher-*.*    what the dense model says of the recovery rows
+DIR/run/rate.*         the learning rate, if it was searched for
+DIR/run/recovery.*     the pairs or weights being trained since, with the optimizer's state
 DIR/*                  the finished model; losa.json comes last
 
 Every file is written beside its place, synced and renamed over it.
@@ -117,14 +119,14 @@ class Run:
             return
         from safetensors.torch import save_file
 
-        path = self.folder / f"{name}.safetensors"
+        path = self.path(name)
         with writing(self.folder), replacing(path) as new:
             save_file(tensors, new, {"losa": json.dumps(meta)})
         self._saved_at = time.monotonic()
 
     def load(self, name: str) -> Saved | None:
         """What was kept as `name`, on the CPU, or None."""
-        path = self.folder / f"{name}.safetensors" if self.output else None
+        path = self.path(name) if self.output else None
         if path is None or not path.is_file():
             return None
         from safetensors import SafetensorError, safe_open
@@ -136,10 +138,17 @@ class Run:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise LosaError(f"{path} is damaged ({error}): start a new run") from None
 
+    def path(self, name: str) -> Path:
+        """Where `save` keeps the tensors of that name."""
+        return self.folder / f"{name}.safetensors"
+
     def drop_states(self) -> None:
         """Forget what only resuming needs: a finished run."""
-        for name in ("dense", "pruned", "recovery") if self.output else ():
-            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+        if self.output is None:
+            return
+        teachers = [path.stem for path in self.folder.glob("teacher-*.safetensors")]
+        for name in ("dense", "pruned", "rate", "recovery", *teachers):
+            self.path(name).unlink(missing_ok=True)
 
     def claim(self, names: list[str]) -> None:
         """Say which names in `output` are losa's, before they are put there; --overwrite takes away these and no others."""

@@ -14,11 +14,19 @@ if TYPE_CHECKING:
 
 class Recovery(ABC):
     """Wins back what pruning lost. `merges`: whether what it trains goes into the sparse weights exactly; a method that
-    does not can run once only. `layer`: what takes the place of a prunable linear. `trains`: whether it needs data."""
+    does not can run once only. `layer`: what takes the place of a prunable linear. `trains`: whether it needs data.
+    `ranks`: whether that is low-rank pairs, whose ranks are set at each step. `trained`: what it trains, in words."""
 
     merges: ClassVar[bool] = True
     trains: ClassVar[bool] = True
+    ranks: ClassVar[bool] = True
+    trained: ClassVar[str]
     layer: ClassVar[type[MaskedLinear]] = MaskedLinear
+
+    @classmethod
+    @abstractmethod
+    def parameters(cls, shape: tuple[int, int], recipe: Recipe) -> int:
+        """The most values it trains of a linear of `shape` (out, in): 16 bytes each, with gradient and AdamW's moments."""
 
     @abstractmethod
     def recover(self, subject: Subject, examples: list["Example"], recipe: Recipe, step: int, run: "Run") -> None:

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 class MaskedLowRank(Recovery):
     """Trains A and B of y = x (M * (W + s B A))^T, nothing else (paper, section 2.3)."""
 
+    trained = "low-rank pairs under the mask"
+
+    @classmethod
+    def parameters(cls, shape: tuple[int, int], recipe: Recipe) -> int:
+        """A pair of the largest rank: it is allocated once."""
+        return recipe.max_rank * sum(shape)
+
     def recover(self, subject: Subject, examples: list["Example"], recipe: Recipe, step: int, run: "Run") -> None:
         """Train the pairs of all linears that have one."""
         parameters = {
@@ -32,4 +39,5 @@ class LowRankApart(MaskedLowRank):
     """LoRA on the pruned model, y = x (M * W)^T + s (x A^T) B^T: the comparison. Its pair is saved beside the model."""
 
     merges = False
+    trained = "low-rank pairs kept apart"
     layer = LowRankLinear

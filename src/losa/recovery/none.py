@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 class NoRecovery(Recovery):
     """Leaves the pruned model as it is."""
 
-    trains = False
+    trains = ranks = False
+    trained = "nothing"
+
+    @classmethod
+    def parameters(cls, shape: tuple[int, int], recipe: Recipe) -> int:
+        """None."""
+        return 0
 
     def recover(self, subject: Subject, examples: list["Example"], recipe: Recipe, step: int, run: "Run") -> None:
         """Nothing to do."""

@@ -1,4 +1,4 @@
-"""The training loop of every recovery method: AdamW, linear warm-up and decay, clipped gradients, each row once."""
+"""The training loop of every recovery method: AdamW, linear warm-up and decay, clipped gradients, rows in their order."""
 
 import math
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from losa import data
 from losa.errors import LosaError
 from losa.model import Subject
 from losa.recipe import Recipe
+from losa.recovery.distillation import mixed_loss
 
 if TYPE_CHECKING:
     from losa.run import Run
@@ -23,41 +24,79 @@ def train(
     recipe: Recipe,
     step: int,
     run: "Run",
+    between: "Between | None" = None,
 ) -> None:
-    """Minimise next-token loss over `parameters` (all others stay frozen), one pass over `examples` in their order.
+    """Minimise the recipe's loss over `parameters` (all others stay frozen), so many times over `examples` as it says.
 
-    The learning rate rises over the first `warmup` share of the updates and falls linearly to zero. Goes on from the
+    The loss is that of the next token, mixed with the divergence from `subject.teacher` if the recipe distils. The learning rate rises over the first `warmup` share of the updates and falls linearly to zero. Goes on from the
     checkpoint of this step in `run`, if there is one, as if it had never stopped. The model stays in eval mode: no dropout.
-    Raises LosaError if the loss is not finite.
+    `between`: what else happens at each update. Raises LosaError if the loss is not finite.
     """
-    batches = [examples[i : i + recipe.batch_size] for i in range(0, len(examples), recipe.batch_size)]
+    between = between or Between()
+    order = order_of(len(examples), recipe)
+    batches = [order[i : i + recipe.batch_size] for i in range(0, len(order), recipe.batch_size)]
+    first = recipe.rows_of(step).start
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        list(parameters.values()), lr=recipe.peak_rate, weight_decay=recipe.weight_decay, fused=True
     )
-    done = _restore(run, step, parameters, optimizer)
+    done = _restore(run, step, parameters, optimizer, between)
     try:
         for update in run.track(range(done, len(batches)), f"step {step}/{recipe.steps}: recovery", done=done):
-            rate = recipe.learning_rate * share_of_peak(update, len(batches), recipe.warmup)
+            rate = recipe.peak_rate * share_of_peak(update, len(batches), recipe.warmup)
             optimizer.param_groups[0]["lr"] = rate
-            loss = accumulate(subject, batches[update], recipe.micro_batch_size)
+            rows = [first + i for i in batches[update]]
+            loss = accumulate(subject, [examples[i] for i in batches[update]], rows, recipe) + between.penalise()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise LosaError(
                     f"step {step}, update {update + 1}: loss {loss}, gradient norm {norm:.3g}: lower learning_rate "
-                    f"({recipe.learning_rate:g}) or clip ({recipe.clip:g})"
+                    f"({recipe.peak_rate:g}) or clip ({recipe.clip:g})"
                 )
             optimizer.step()
+            between.updated(update)
             optimizer.zero_grad()
             run.log("update", step=step, update=update + 1, of=len(batches), loss=loss, norm=float(norm), rate=rate)
             if run.checkpoint_due(recipe.checkpoint_minutes):
-                _save(run, step, update + 1, parameters, optimizer)
-        _save(run, step, len(batches), parameters, optimizer)
+                _save(run, step, update + 1, parameters, optimizer, between)
+        _save(run, step, len(batches), parameters, optimizer, between)
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
+
+
+class Between:
+    """What a recovery does at each update beside AdamW's own: nothing, unless it is a subclass."""
+
+    def penalise(self) -> float:
+        """Add the gradients of a term of its own to those of the loss, and return that term."""
+        return 0.0
+
+    def updated(self, update: int) -> None:
+        """AdamW has made update `update` (from 0); the gradients are still there."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its state, contiguous, for a checkpoint."""
+        return {}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take the state from what `tensors` gave: the parameters are as that checkpoint has them."""
+
+
+def order_of(rows: int, recipe: Recipe) -> list[int]:
+    """The rows in which they are read: in order at first, then once in each further epoch, in a seeded order."""
+    order = list(range(rows))
+    for epoch in range(1, recipe.epochs):
+        generator = torch.Generator().manual_seed(recipe.seed * 1000 + epoch)
+        order += torch.randperm(rows, generator=generator).tolist()
+    return order
+
+
+def updates_of(examples: list[data.Example], recipe: Recipe) -> int:
+    """How many updates `train` makes of `examples`."""
+    return -(-len(examples) * recipe.epochs // recipe.batch_size)
 
 
 def share_of_peak(update: int, updates: int, warmup: float) -> float:
@@ -66,13 +105,21 @@ def share_of_peak(update: int, updates: int, warmup: float) -> float:
     return (update + 1) / rise if update < rise else (updates - update) / max(1, updates - rise)
 
 
-def accumulate(subject: Subject, batch: list[data.Example], size: int) -> float:
-    """Add the gradients of the mean loss over all labels of `batch`, `size` rows at a time; returns that loss."""
+def accumulate(subject: Subject, batch: list[data.Example], rows: list[int], recipe: Recipe) -> float:
+    """Add the gradients of the mean loss over all labels of `batch`, some rows at a time; returns that loss.
+
+    rows: the numbers of the examples among all recovery rows, by which a teacher knows them.
+    """
+    size = recipe.micro_batch_size
     device = next(subject.model.parameters()).device
     labels = sum(int((example.labels[1:] != data.IGNORED).sum()) for example in batch)
     total = 0.0
     for start in range(0, len(batch), size):
         inputs = {k: v.to(device) for k, v in data.collate(batch[start : start + size], subject.pad_id).items()}
+        if subject.teacher is not None:
+            said = subject.teacher.predict(rows[start : start + size], inputs)
+            total += mixed_loss(subject.model, inputs, said, recipe, labels)
+            continue
         loss = next_token_loss(subject.model, **inputs) / labels
         loss.backward()
         total += loss.item()
@@ -88,9 +135,14 @@ def next_token_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor,
 
 
 def _save(
-    run: "Run", step: int, update: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW
+    run: "Run",
+    step: int,
+    update: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    between: Between,
 ) -> None:
-    tensors: dict[str, Tensor] = {}
+    tensors = {f"between:{key}": value for key, value in between.tensors().items()}
     for name, parameter in parameters.items():
         tensors[f"{name}:value"] = parameter.data
         state = optimizer.state.get(parameter, {})
@@ -98,7 +150,9 @@ def _save(
     run.save("recovery", tensors, {"step": step, "update": update})
 
 
-def _restore(run: "Run", step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> int:
+def _restore(
+    run: "Run", step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, between: Between
+) -> int:
     """Updates already made in this step; parameters and optimizer are set to how they were then."""
     saved = run.load("recovery")
     if saved is None or saved.meta["step"] != step:
@@ -110,4 +164,6 @@ def _restore(run: "Run", step: int, parameters: dict[str, nn.Parameter], optimiz
         del state["value"]
         # AdamW keeps its moments on the parameter's device
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+    own = "between:"
+    between.load({key.removeprefix(own): value for key, value in saved.tensors.items() if key.startswith(own)})
     return int(saved.meta["update"])

@@ -1,0 +1,103 @@
+"""The learning rate, chosen by short trials: the best on held-out rows of the recovery data, in factors of two."""
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from losa import data
+from losa.errors import LosaError
+from losa.model import Subject
+from losa.progress import Progress
+from losa.recipe import Recipe
+from losa.recovery.base import Recovery
+from losa.recovery.training import next_token_loss
+
+if TYPE_CHECKING:
+    from losa.run import Run
+
+START = 2e-3
+LOWEST, HIGHEST = 1e-5, 0.1
+TRIAL = 24  # updates of a trial, at most
+HELD = 64  # rows that a trial is judged by, at most a fifth of what there is
+
+
+def settled(
+    subject: Subject,
+    recovery: Recovery,
+    examples: list[data.Example],
+    recipe: Recipe,
+    step: int,
+    history: list[dict[str, Any]],
+    run: "Run",
+) -> Recipe:
+    """`recipe` with a number for its learning rate, searched for if it says auto; the step's record is told.
+
+    The first step searches, and so does the last, which has most rows and all of the sparsity; those between take the first's.
+    """
+    if recipe.learning_rate != "auto" or not examples:
+        return recipe
+    saved = run.load("rate")
+    if saved and saved.meta["step"] == step:
+        rate = saved.meta["rate"]
+    elif step in (1, recipe.steps):
+        rate = choose_rate(subject, recovery, examples, recipe, step, run)
+        run.save("rate", {}, {"step": step, "rate": rate})
+    else:
+        rate = history[0]["learning_rate"]
+    history[-1]["learning_rate"] = rate
+    return recipe.at(learning_rate=rate)
+
+
+def choose_rate(
+    subject: Subject, recovery: Recovery, examples: list[data.Example], recipe: Recipe, step: int, run: "Run"
+) -> float:
+    """The learning rate whose trial leaves the lowest next-token loss on rows that no trial has seen.
+
+    A trial is a whole recovery, warm-up and decay included, of few updates; then the model is put back as it was. From
+    START on, in the direction that is better as long as it is. What diverges loses. Raises LosaError if everything does.
+    """
+    from losa.run import Run
+
+    held = examples[-max(1, min(HELD, len(examples) // 5)) :]
+    rows = examples[: min(TRIAL * recipe.batch_size, len(examples) - len(held)) or 1]
+    linears = [linear for block in subject.blocks for linear in block.masked.values()]
+    before = [copy.deepcopy(linear.state_dict()) for linear in linears]
+    found: dict[float, float] = {}
+
+    def trial(rate: float) -> float:
+        if rate not in found and LOWEST <= rate <= HIGHEST:
+            brief = recipe.at(learning_rate=rate, epochs=1)
+            try:
+                recovery.recover(subject, rows, brief, step, Run(None, Progress(quiet=True)))
+                found[rate] = held_out_loss(subject, held, recipe)
+            except LosaError:
+                found[rate] = math.inf
+            for linear, state in zip(linears, before, strict=True):
+                linear.load_state_dict(state)
+            run.log("trial", step=step, rate=rate, loss=found[rate] if math.isfinite(found[rate]) else None)
+        return found.get(rate, math.inf)
+
+    best = START
+    for factor in (2.0, 0.5):
+        if factor == 0.5 and best > START:
+            break
+        while trial(best * factor) < trial(best):
+            best *= factor
+    if not math.isfinite(found[best]):
+        raise LosaError(f"no learning rate from {min(found):g} to {max(found):g} trains: check the recovery data")
+    run.say(f"step {step}/{recipe.steps}: learning rate {best:g}, of {len(found)} tried")
+    return best
+
+
+@torch.no_grad()
+def held_out_loss(subject: Subject, examples: list[data.Example], recipe: Recipe) -> float:
+    """The mean next-token loss over all labels of `examples`."""
+    device = next(subject.model.parameters()).device
+    total = labels = 0.0
+    for start in range(0, len(examples), recipe.micro_batch_size):
+        batch = data.collate(examples[start : start + recipe.micro_batch_size], subject.pad_id)
+        total += next_token_loss(subject.model, **{name: value.to(device) for name, value in batch.items()}).item()
+        labels += int((batch["labels"][:, 1:] != data.IGNORED).sum())
+    return total / labels
