@@ -89,11 +89,11 @@ def tuned(path: Path, method: str) -> float:
     return min(found, key=lambda rate: found[rate])
 
 
-def once(path: Path, key: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def once(path: Path, key: dict[str, Any], settings: dict[str, Any], names: str = "demo") -> dict[str, Any]:
     """The result of `key`, from the file or from a run that is added to it."""
     name = json.dumps(key)
     if (found := read(path).get(name)) is None:
-        found = {"key": name, **key, **run(settings)}
+        found = {"key": name, **key, **run(settings, names)}
         with path.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print(json.dumps(found), flush=True)
@@ -105,19 +105,20 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {line["key"]: line for line in lines}
 
 
-def run(settings: dict[str, Any]) -> dict[str, Any]:
+def run(settings: dict[str, Any], names: str) -> dict[str, Any]:
     import losa
     from losa import recipe
 
-    began = time.monotonic()
+    began, busy = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:  # a LoRA kept apart has nowhere else to stay
-        result = losa.compress("demo", recipe.load("demo", settings), Path(folder) / "run")
+        result = losa.compress("demo", recipe.load(names, settings), Path(folder) / "run")
     found = result.measurements
     return {
         "dense": found["dense"]["perplexity"],
         "perplexity": found["sparse"]["perplexity"],
         "reached": found["sparse"]["sparsity"],
         "seconds": round(time.monotonic() - began, 1),
+        "processor_seconds": round(time.process_time() - busy, 1),
     }
 
 
