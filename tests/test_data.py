@@ -419,7 +419,7 @@ def test_just_enough_and_one_too_few(write: Callable[..., str], tokenizer: PreTr
     assert data.calibration_tokens(path, tokenizer, 9, 11, seed=0).shape == (9, 11)
     with pytest.raises(LosaError, match=r"a.json' has 99 tokens of text, 10 sequences of 10 need 100"):
         data.calibration_tokens(path, tokenizer, 10, 10, seed=0)
-    with pytest.raises(LosaError, match="gives 0 tokens to evaluate on"):
+    with pytest.raises(LosaError, match="has 0 tokens of text"):
         data.calibration_tokens(write("b.json", []), tokenizer, 1, 10, seed=0)
 
 
