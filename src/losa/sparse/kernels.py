@@ -64,7 +64,7 @@ def _choose(packed: Packed, x_dtype: torch.dtype, device: torch.device, name: st
     if name != AUTO:
         kernel: Kernel = registry.get("kernel", name)()
         if why := kernel.refuses(packed, x_dtype, device):
-            raise LosaError(f"kernel {name!r} cannot be used: it {why}; LOSA_KERNEL={AUTO} takes the first that can")
+            raise LosaError(f"kernel {name!r} cannot be used: {why}; LOSA_KERNEL={AUTO} takes the first that can")
         return Choice(kernel, "named", {})
     refused: dict[str, str] = {}
     for candidate in registry.KERNELS:
