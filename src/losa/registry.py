@@ -30,7 +30,14 @@ RECOVERIES = {
     "full": "losa.recovery.full:KeptWeights",
     "none": "losa.recovery.none:NoRecovery",
 }
-KINDS = {"pruner": PRUNERS | STRUCTURED, "allocator": ALLOCATORS, "recovery": RECOVERIES}
+KERNELS = {  # in order of preference
+    "avx512-bf16": "losa.sparse.cpu:AVX512BF16",
+    "avx512": "losa.sparse.cpu:AVX512",
+    "avx2": "losa.sparse.cpu:AVX2",
+    "portable": "losa.sparse.cpu:Portable",
+    "reference": "losa.sparse.reference:Reference",
+}
+KINDS = {"pruner": PRUNERS | STRUCTURED, "allocator": ALLOCATORS, "recovery": RECOVERIES, "kernel": KERNELS}
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> LosaError:

@@ -1,18 +1,124 @@
-"""The one function through which packed linears multiply, as a torch op, so that compiled graphs stay whole."""
+"""What multiplies by packed weights: the contract, the choice, and the torch op through which all of it goes.
+
+A kernel is named by its user (`LOSA_KERNEL`, or the argument) or is the first of registry.KERNELS that does not refuse.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from losa.sparse import reference
+from losa import registry
+from losa.errors import LosaError
 from losa.sparse.packed import Packed
+
+log = logging.getLogger("losa.sparse")
+AUTO = "auto"
+
+
+class Kernel(Protocol):
+    """A way to multiply by packed weights, made without arguments."""
+
+    name: str
+
+    def refuses(self, packed: Packed, x_dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it cannot multiply activations of this type, on this device, by these weights; None if it can.
+
+        Depends on nothing of `packed` but its types and shapes.
+        """
+
+    def multiply(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] -> x W^T + bias [..., out] of x's type, summed in float32. Of what it does not refuse."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, why it was taken, and why those preferred to it were not."""
+
+    kernel: Kernel
+    why: str
+    refused: dict[str, str]
+
+
+_chosen: dict[tuple[object, ...], Choice] = {}
+
+
+def choose(packed: Packed, x_dtype: torch.dtype, device: torch.device, name: str | None = None) -> Choice:
+    """The kernel for these types and shapes; remembered, so that each refusal is logged once.
+
+    name: of registry.KERNELS, or auto; None for $LOSA_KERNEL, or auto if that is not set. Raises LosaError for an unknown
+    name, and for a named kernel that refuses.
+    """
+    name = name or os.environ.get("LOSA_KERNEL") or AUTO
+    nm = packed.offsets is None
+    key = (name, packed.values.dtype, packed.mask.shape[0], packed.in_features, nm, x_dtype, device.type)
+    if (found := _chosen.get(key)) is None:
+        found = _chosen[key] = _choose(packed, x_dtype, device, name)
+    return found
+
+
+def _choose(packed: Packed, x_dtype: torch.dtype, device: torch.device, name: str) -> Choice:
+    if name != AUTO:
+        kernel: Kernel = registry.get("kernel", name)()
+        if why := kernel.refuses(packed, x_dtype, device):
+            raise LosaError(f"kernel {name!r} cannot be used: {why}; LOSA_KERNEL={AUTO} takes the first that can")
+        return Choice(kernel, "named", {})
+    refused: dict[str, str] = {}
+    for candidate in registry.KERNELS:
+        kernel = registry.get("kernel", candidate)()
+        why = kernel.refuses(packed, x_dtype, device)
+        if why is None:
+            _log(candidate, packed, x_dtype, refused)
+            return Choice(kernel, "the first that does not refuse", refused)
+        refused[candidate] = why
+    raise LosaError(f"no kernel multiplies {x_dtype} on {device.type}: {refused}")
+
+
+_told: set[str] = set()
+
+
+def _log(taken: str, packed: Packed, x_dtype: torch.dtype, refused: dict[str, str]) -> None:
+    for kernel, why in refused.items():
+        line = f"kernel {kernel} refused: {why}"
+        if line not in _told:
+            _told.add(line)
+            log.info(line)
+    if taken == "reference" and taken not in _told:
+        _told.add(taken)
+        reasons = "; ".join(f"{kernel}: {why}" for kernel, why in refused.items())
+        log.warning("packed weights are multiplied by the slow reference (%s)", reasons)
 
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] -> x W^T + bias, [..., out], of x's type."""
-    result: Tensor = packed_linear(
-        x, packed.values, packed.mask, packed.offsets, packed.scales, bias, packed.in_features
+    """x [..., in] -> x W^T + bias, [..., out], of x's type.
+
+    Raises LosaError if the kernel that LOSA_KERNEL names is unknown or refuses, ValueError if x is not as wide as W.
+    """
+    if _traced(x):
+        result: Tensor = packed_linear(
+            x, packed.values, packed.mask, packed.offsets, packed.scales, bias, packed.in_features
+        )
+        return result
+    return _multiply(x, packed, bias)
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether torch must see an op of its own: to compile, to trace, to refuse a gradient. It takes 20 us on a CPU."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch._C._len_torch_dispatch_stack() > 0
     )
-    return result
+
+
+def _multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    if x.shape[-1] != packed.in_features:
+        raise ValueError(f"a packed linear of {packed.in_features} columns was given {list(x.shape)}")
+    return choose(packed, x.dtype, x.device).kernel.multiply(x, packed, bias)
 
 
 @torch.library.custom_op("losa::packed_linear", mutates_args=())
@@ -25,8 +131,8 @@ def packed_linear(
     bias: Tensor | None,
     in_features: int,
 ) -> Tensor:
-    """The op: see `multiply`."""
-    return reference.multiply(x, Packed(values, mask, offsets, scales, in_features), bias)
+    """The op: see `multiply`. Its weights are those of a Packed that `check` has seen."""
+    return _multiply(x, Packed(values, mask, offsets, scales, in_features), bias)
 
 
 @packed_linear.register_fake

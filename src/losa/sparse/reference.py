@@ -14,3 +14,17 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """
     weight, _ = unpack(packed, torch.float32)
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+class Reference:
+    """The reference as a kernel: any type, any device, slow."""
+
+    name = "reference"
+
+    def refuses(self, packed: Packed, x_dtype: torch.dtype, device: torch.device) -> str | None:
+        """It never does, but for what is no float."""
+        return None if x_dtype.is_floating_point else f"multiplies floats, not {x_dtype}"
+
+    def multiply(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+        """See above."""
+        return multiply(x, packed, bias)

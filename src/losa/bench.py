@@ -1,0 +1,240 @@
+"""Speed of the product with packed weights beside dense ones and beside a plain reading of the same bytes.
+
+Opponents take turns, each time with another matrix, so that none is in a cache: ratios are of neighbours in time. What
+disagrees with the reference is not timed.
+"""
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from losa.errors import LosaError
+from losa.registry import unknown
+from losa.sparse import cpu, kernels, native, reference
+from losa.sparse.packed import DTYPES, PAD, Packed, pack, unpack
+
+CACHES = 4  # times the last-level cache, so much of distinct matrices
+SLOW = 0.5  # seconds; what takes longer runs in every SPARE-th round only
+SPARE = 8
+DENSE = ("avx512_bf16", "avx512", "avx2", "portable")  # dense bf16 products of the native library, the best first
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of y, relative in norm
+
+
+@dataclass
+class Opponent:
+    """One of those that are compared: a product (or reading) for each of its matrices, and the bytes that each reads."""
+
+    calls: list[Callable[[], Tensor | None]]
+    bytes: int
+
+
+def kernel(
+    shape: str,
+    sparsity: float,
+    values: str = "bfloat16",
+    activations: str = "bfloat16",
+    rows: int = 1,
+    name: str | None = None,
+    rounds: int = 40,
+) -> dict[str, Any]:
+    """Time y = x W^T for a random packed W, x [rows, in], against torch and the best dense product.
+
+    shape: OUTxIN. name: a kernel, None for the one that is chosen. Raises LosaError for what cannot be, and if a product
+    disagrees with the reference.
+    """
+    out, columns = _shape(shape)
+    if not 0 <= sparsity < 1:
+        raise LosaError(f"sparsity must be at least 0 and below 1, not {sparsity}")
+    if values not in DTYPES:
+        raise unknown("type of values", values, DTYPES)
+    if activations not in ("float32", "bfloat16"):
+        raise unknown("type of activations", activations, ("float32", "bfloat16"))
+    if rows < 1 or rounds < 2:
+        raise LosaError("rows must be at least 1, rounds at least 2")
+    dtype = DTYPES[activations]
+    cache = last_level_cache()
+    packs = _packs(out, columns, sparsity, DTYPES[values], CACHES * cache)
+    choice = kernels.choose(packs[0], dtype, torch.device("cpu"), name)
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    opponents = _opponents(packs, x, choice.kernel, CACHES * cache)
+    times = _times(opponents, rounds)
+    milliseconds = {who: round(statistics.median(ms for ms in t if ms), 4) for who, t in times.items()}
+    speed = {who: opponents[who].bytes / ms / 1e6 for who, ms in milliseconds.items()}
+    found: dict[str, Any] = {
+        "benchmark": "kernel",
+        "kernel": choice.kernel.name,
+        "why": choice.why,
+        "refused": choice.refused,
+        "shape": shape,
+        "sparsity": sparsity,
+        "kept": packs[0].kept / (out * columns),
+        "values": values,
+        "activations": activations,
+        "rows": rows,
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+        "matrices": {who: len(o.calls) for who, o in opponents.items()},
+        "last_level_cache": cache,
+        "rounds": rounds,
+        "ms": milliseconds,
+        "gb_per_s": {who: round(gb, 2) for who, gb in speed.items()},
+        "weights_per_ns": round(out * columns / milliseconds["losa"] / 1e6, 2),
+    }
+    dense = [who for who in opponents if who not in ("losa", "read")]
+    best = min((who for who in dense if who.endswith("bf16")), key=lambda who: milliseconds[who])
+    for who, key in [("torch_bf16",) * 2, ("torch_fp32",) * 2, (best, "best_dense")]:
+        quartiles = _quartiles(times[who], times["losa"])
+        found[f"speedup_over_{key}"], found[f"speedup_over_{key}_quartiles"] = quartiles[1], quartiles[::2]
+    found["best_dense"] = best
+    found["bound"] = round(opponents[best].bytes / opponents["losa"].bytes, 3)  # of the speedup, were both read at one speed
+    shares = [share / opponents["read"].bytes * opponents["losa"].bytes for share in _ratios(times["read"], times["losa"])]
+    found["share_of_read_bandwidth"] = round(statistics.median(shares), 3)
+    return found
+
+
+def _shape(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found or min(out_in := (int(found[1]), int(found[2]))) < 1:
+        raise LosaError(f"shape {text!r} is not OUTxIN, as in 11008x4096")
+    return out_in
+
+
+def _packs(out: int, columns: int, sparsity: float, values: torch.dtype, total: int) -> list[Packed]:
+    """So many random matrices that they come to `total` bytes, every one with pruned weights at random places."""
+    packs: list[Packed] = []
+    while sum(p.layout.bytes for p in packs) < total or len(packs) < 2:
+        generator = torch.Generator().manual_seed(len(packs))
+        mask = torch.rand(out, columns, generator=generator) >= sparsity
+        weight = torch.randn(out, columns, generator=generator) * columns**-0.5
+        weight = weight if values == torch.int8 else weight.to(values)
+        packs.append(pack(weight, mask, values))
+    return packs
+
+
+def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: int) -> dict[str, Opponent]:
+    """All of them, each found to agree with the reference in its own precision."""
+    wanted = [reference.multiply(x.float(), packed) for packed in packs]
+
+    def agree(who: str, calls: list[Callable[[], Tensor]], dtype: torch.dtype) -> list[Callable[[], Tensor]]:
+        for call, want in zip(calls, wanted, strict=False):
+            error = float((call().float() - want).norm() / want.norm())
+            if not error < TOLERANCE[dtype]:
+                raise LosaError(f"{who} disagrees with the reference: relative error {error:.1e}. Nothing is timed")
+        return calls
+
+    out, columns = packs[0].out_features, packs[0].in_features
+    calls = [lambda p=p: chosen.multiply(x, p) for p in packs]
+    # int8 in fixed point, and what is rounded to bfloat16, is not exact in floats
+    exact = x.dtype == torch.float32 and packs[0].values.dtype != torch.int8
+    precision = torch.float32 if exact else torch.bfloat16
+    found = {"losa": Opponent([*agree(chosen.name, calls, precision)], packs[0].layout.bytes)}
+    few = slice(0, max(2, -(-total // (out * columns * 2))))
+    dense = [unpack(p, torch.bfloat16)[0] for p in packs[few]]
+    calls = [lambda w=w: F.linear(x.bfloat16(), w) for w in dense]
+    found["torch_bf16"] = Opponent([*agree("torch's bf16 product", calls, torch.bfloat16)], out * columns * 2)
+    single = [unpack(p, torch.float32)[0] for p in packs[few]]
+    calls = [lambda w=w: F.linear(x.float(), w) for w in single]
+    found["torch_fp32"] = Opponent([*agree("torch's fp32 product", calls, torch.float32)], out * columns * 4)
+    if len(x) == 1 and (symbol := best_dense()):
+        padded = [F.pad(w, (0, -columns % 128)) if columns % 128 else w for w in dense]
+        calls = [lambda w=w: dense_product(symbol, x, w) for w in padded]
+        agreed = agree("the native dense product", calls, torch.bfloat16)
+        found[f"{symbol}_dense_bf16"] = Opponent([*agreed], padded[0].numel() * 2)
+    found["read"] = _reading(packs)
+    return found
+
+
+def best_dense() -> str | None:
+    """The native library's best dense bf16 product that this machine can run; None without a library."""
+    try:
+        library = native.library()
+    except native.Unavailable:
+        return None
+    has = cpu.features(library)
+    needs = {kind.symbol: kind.needs for kind in (cpu.AVX512BF16, cpu.AVX512, cpu.AVX2, cpu.Portable)}
+    return next(s for s in DENSE if has.issuperset(needs[s]) and hasattr(library, f"losa_dense_{s}"))
+
+
+def dense_product(symbol: str, x: Tensor, weight: Tensor) -> Tensor:
+    """float32 [1, out] = x [1, in] W^T in native code; weight bf16 [out, in padded to a multiple of 128], contiguous."""
+    out, columns = weight.shape
+    factor = F.pad(x, (0, columns - x.shape[1])).to(torch.bfloat16 if symbol == "avx512_bf16" else torch.float32)
+    y = torch.empty(1, out)
+    call = cpu.function(f"losa_dense_{symbol}")
+    call(weight.data_ptr(), factor.data_ptr(), y.data_ptr(), out, columns, torch.get_num_threads())
+    return y
+
+
+def _reading(packs: list[Packed]) -> Opponent:
+    """Reads the kept values of each; without a native library through torch's sum."""
+    size = (packs[0].kept + PAD) * packs[0].values.element_size()
+    try:
+        native.library()
+    except native.Unavailable:
+        return Opponent([lambda p=p: p.values.view(torch.uint8).sum() for p in packs], size)
+    pages = size // 4096
+    read, threads = cpu.function("losa_read"), torch.get_num_threads()
+
+    def call(packed: Packed) -> Callable[[], None]:
+        pages = len(packed.values) * packed.values.element_size() // 4096
+        return lambda: read(packed.values.data_ptr(), pages, threads) and None
+
+    return Opponent([call(p) for p in packs], pages * 4096)
+
+
+def _times(opponents: dict[str, Opponent], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each in every round, 0 in those that a slow one sits out. The first round is thrown away."""
+    times: dict[str, list[float]] = {who: [] for who in opponents}
+    slow: set[str] = set()
+    order = list(opponents)
+    for turn in range(-1, rounds):
+        for who in order:
+            if who in slow and turn % SPARE:
+                times[who].append(0.0)
+                continue
+            calls = opponents[who].calls
+            call = calls[turn % len(calls)]
+            start = time.perf_counter()
+            call()
+            took = time.perf_counter() - start
+            if turn >= 0:
+                times[who].append(took * 1e3)
+            elif took > SLOW:
+                slow.add(who)
+        order = order[1:] + order[:1]
+    return times
+
+
+def _ratios(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True) if a and b]
+
+
+def _quartiles(above: list[float], below: list[float]) -> list[float]:
+    return [round(q, 3) for q in statistics.quantiles(_ratios(above, below), n=4, method="inclusive")]
+
+
+def last_level_cache() -> int:
+    """Bytes, as Linux tells them; 32 MiB where it does not."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]])
+    return max(sizes, default=32 * 2**20)
+
+
+def processor() -> str:
+    """Its name, and which of the instructions that kernels ask for it has."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    try:
+        return f"{name} ({' '.join(sorted(cpu.features(native.library())))})"
+    except native.Unavailable:
+        return name

@@ -1,0 +1,201 @@
+"""The native kernels: one class an instruction set, all the same but for what they need of the processor.
+
+Up to ROWS rows of x are multiplied in one pass over the packed weights; on two cores with AVX2 that is faster than
+torch's dense product up to 64 rows. More rows (prefill): the weights are expanded tile by tile, and each tile goes
+through torch's dense product.
+"""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from losa.sparse import native
+from losa.sparse.packed import Packed
+
+ROWS = 64
+TILE = 2**22  # elements: 16 MiB of floats, which the last-level cache still holds
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # enum Type in csrc/losa.h
+
+
+class Matrix(ctypes.Structure):
+    """struct Matrix in csrc/losa.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "mask", "offsets", "scales")),
+        *((name, ctypes.c_int64) for name in ("out", "columns", "per_row")),
+        ("type", ctypes.c_int32),
+    )
+
+
+class Call(ctypes.Structure):
+    """struct Call in csrc/losa.h."""
+
+    _fields_ = (
+        ("weight", Matrix),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("x_type", "bias_type", "threads")),
+    )
+
+
+class Native:
+    """A kernel of the native library; see `losa.sparse.kernels.Kernel`."""
+
+    name: str
+    needs: tuple[str, ...] = ()  # of the processor, as losa_features() names it
+    values: tuple[torch.dtype, ...] = tuple(TYPES)
+    symbol: str  # its functions in csrc are losa_multiply_<symbol>, losa_expand_<expands>
+    expands: str
+    bf16_tiles = False  # whether the hardware multiplies bfloat16, and expansion makes it
+
+    def refuses(self, packed: Packed, x_dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it cannot multiply these, None if it can."""
+        if device.type != "cpu":
+            return f"runs on the CPU, not on {device.type}"
+        if x_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"multiplies float32, bfloat16 and float16, not {x_dtype}"
+        if packed.values.dtype not in self.values:
+            return f"has no values of {packed.values.dtype}"
+        try:
+            library = native.library()
+        except native.Unavailable as error:
+            return str(error)
+        has = features(library)
+        if lacking := [need for need in self.needs if need not in has]:
+            return f"this processor has no {', '.join(lacking)}"
+        if not hasattr(library, f"losa_multiply_{self.symbol}"):
+            return "the compiler that built the native kernels does not know these instructions"
+        return None
+
+    def multiply(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] -> x W^T + bias [..., out] of x's type, summed in float32."""
+        if x.dtype == torch.float16:
+            return self.multiply(x.float(), packed, bias).half()
+        if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
+            bias = bias.float()
+        rows = x.reshape(-1, packed.in_features).contiguous()
+        if not len(rows):
+            return x.new_empty(*x.shape[:-1], packed.out_features)
+        multiply = self._few if len(rows) <= ROWS else self._many
+        return multiply(rows, packed, bias).view(*x.shape[:-1], packed.out_features)
+
+    def _few(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        y = torch.empty((len(x), packed.out_features), dtype=x.dtype)
+        bias_type = 0 if bias is None else TYPES[bias.dtype]
+        call = Call(
+            _matrix(packed),
+            x.data_ptr(),
+            _address(bias),
+            y.data_ptr(),
+            len(x),
+            TYPES[x.dtype],
+            bias_type,
+            torch.get_num_threads(),
+        )
+        _done(function(f"losa_multiply_{self.symbol}")(ctypes.byref(call)))
+        return y
+
+    def _many(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        dtype = torch.float32
+        if self.bf16_tiles and x.dtype == torch.bfloat16 and packed.values.dtype in (torch.bfloat16, torch.int8):
+            dtype = torch.bfloat16  # int8 values times their scale are rounded to it
+        factor = x.to(dtype)
+        y = torch.empty((len(x), packed.out_features), dtype=dtype)
+        stride = -(-packed.in_features // 64) * 64
+        height = max(64, TILE // stride // 64 * 64)
+        tile = torch.empty((min(height, packed.out_features), stride), dtype=dtype)
+        matrix = _matrix(packed)
+        expand = function(f"losa_expand_{self.expands}{'_bf16' if dtype == torch.bfloat16 else ''}")
+        added = torch.zeros(1, dtype=dtype) if bias is None else bias.to(dtype)  # with the product: rounded once
+        for first in range(0, packed.out_features, height):
+            rows = slice(first, min(first + height, packed.out_features))
+            count = rows.stop - first
+            _done(expand(ctypes.byref(matrix), first, count, tile.data_ptr(), stride, torch.get_num_threads()))
+            part = added if bias is None else added[rows]
+            torch.addmm(part, factor, tile[:count, : packed.in_features].t(), out=y[:, rows], beta=int(bias is not None))
+        return y.to(x.dtype)
+
+
+class AVX512BF16(Native):
+    """bfloat16 and int8 values without a conversion to floats: bfloat16 products, and 16-bit fixed-point activations."""
+
+    name, symbol, expands = "avx512-bf16", "avx512_bf16", "avx512_bf16"
+    needs = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2", "avx512_vnni", "avx512_bf16")
+    values = (torch.bfloat16, torch.int8)
+    bf16_tiles = True
+
+    def refuses(self, packed: Packed, x_dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it cannot multiply these, None if it can."""
+        if why := super().refuses(packed, x_dtype, device):
+            return why
+        if packed.values.dtype == torch.bfloat16 and x_dtype != torch.bfloat16:
+            return f"multiplies bfloat16 values by bfloat16, not by {x_dtype}"
+        return None
+
+
+class AVX512(Native):
+    """Sixteen columns at a time."""
+
+    name, symbol, expands = "avx512", "avx512", "avx512"
+    needs = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+
+
+class AVX2(Native):
+    """Eight columns at a time, through a table of shuffles."""
+
+    name, symbol, expands = "avx2", "avx2", "avx2"
+    needs = ("avx2", "fma", "bmi2", "popcnt", "f16c")
+
+
+class Portable(Native):
+    """Plain C++, for any processor."""
+
+    name, symbol, expands = "portable", "portable", "portable"
+
+
+@functools.cache
+def features(library: ctypes.CDLL) -> frozenset[str]:
+    """What of the kernels' needs this processor has."""
+    library.losa_features.restype = ctypes.c_char_p
+    return frozenset(library.losa_features().decode().split())
+
+
+@functools.cache
+def function(name: str) -> "ctypes._NamedFuncPointer":
+    """A function of the native library, with its signature."""
+    found = getattr(native.library(), name)
+    kind = name.split("_")[1]
+    pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    found.argtypes = {
+        "multiply": [pointer],
+        "expand": [pointer, number, number, pointer, number, small],
+        "dense": [pointer, pointer, pointer, number, number, small],
+        "read": [pointer, number, small],
+    }[kind]
+    found.restype = ctypes.c_uint64 if kind == "read" else ctypes.c_int
+    return found
+
+
+def _matrix(packed: Packed) -> Matrix:
+    out, values = packed.out_features, packed.values
+    return Matrix(
+        values.data_ptr(),
+        packed.mask.data_ptr(),
+        _address(packed.offsets),
+        _address(packed.scales),
+        out,
+        packed.in_features,
+        packed.kept // out,
+        TYPES[values.dtype],
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _done(code: int) -> None:
+    if code:
+        raise MemoryError("no memory for the activations of a packed linear")

@@ -1,0 +1,113 @@
+// What is no instruction set's own: what the processor has, threads, and the reading speed that benchmarks compare with.
+#include "losa.h"
+
+#include <atomic>
+#include <dlfcn.h>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <unistd.h>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+struct Pieces {
+    std::atomic<int64_t> next;
+    int64_t count, step;
+    void (*body)(void *, int64_t, int64_t);
+    void *context;
+};
+
+void work(void *shared) {
+    Pieces &p = *(Pieces *)shared;
+    for (int64_t begin; (begin = p.next.fetch_add(p.step)) < p.count;)
+        p.body(p.context, begin, begin + p.step < p.count ? begin + p.step : p.count);
+}
+
+typedef void (*GompParallel)(void (*)(void *), void *, unsigned, unsigned);
+
+const pid_t loaded_by = getpid();
+
+// torch's own threads, through the OpenMP library that it has loaded: threads of ours would fight with them for the
+// processors, since they spin for a while after each of torch's operations. They do not outlive a fork.
+GompParallel torch_threads() {
+    static const GompParallel found = (GompParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    return loaded_by == getpid() ? found : nullptr;
+}
+
+}  // namespace
+
+extern "C" void losa_parallel(int64_t count, int64_t step, int32_t threads, void (*body)(void *, int64_t, int64_t), void *context) {
+    Pieces pieces = {{0}, count, step, body, context};
+    const int64_t needed = (count + step - 1) / step;
+    if (threads > needed) threads = (int32_t)needed;
+    if (threads <= 1) {
+        work(&pieces);
+    } else if (const GompParallel parallel = torch_threads()) {
+        parallel(work, &pieces, (unsigned)threads, 0);
+    } else {
+        std::vector<std::thread> others;
+        try {
+            for (int32_t i = 1; i < threads; i++) others.emplace_back(work, &pieces);
+        } catch (const std::system_error &) {  // no more threads to be had: those there are do it all
+        }
+        work(&pieces);
+        for (std::thread &other : others) other.join();
+    }
+}
+
+// Names of what the kernels ask for that this processor (and its operating system) has, with blanks between.
+extern "C" const char *losa_features(void) {
+    static const std::string found = [] {
+        std::string names;
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        const auto add = [&](const char *name, bool has) { names += has ? std::string(name) + " " : ""; };
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        add("avx2", __builtin_cpu_supports("avx2"));
+        add("fma", __builtin_cpu_supports("fma"));
+        add("bmi2", __builtin_cpu_supports("bmi2"));
+        add("popcnt", __builtin_cpu_supports("popcnt"));
+        add("f16c", __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1));
+        add("avx512f", __builtin_cpu_supports("avx512f"));
+        add("avx512bw", __builtin_cpu_supports("avx512bw"));
+        add("avx512vl", __builtin_cpu_supports("avx512vl"));
+        add("avx512dq", __builtin_cpu_supports("avx512dq"));
+        add("avx512_vbmi2", __builtin_cpu_supports("avx512vbmi2"));
+        add("avx512_vnni", __builtin_cpu_supports("avx512vnni"));
+        // __builtin_cpu_supports knows it by different names in different compilers
+        add("avx512_bf16", __builtin_cpu_supports("avx512bw") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1));
+#endif
+        return names;
+    }();
+    return found.c_str();
+}
+
+namespace {
+
+struct Reading {
+    const char *data;
+    std::atomic<uint64_t> sum;
+};
+
+void read_range(void *context, int64_t begin, int64_t end) {
+    Reading &reading = *(Reading *)context;
+    const uint64_t *data = (const uint64_t *)(reading.data + begin * 4096);
+    uint64_t sums[8] = {};
+    for (int64_t i = 0; i < (end - begin) * 512; i += 8)
+        for (int k = 0; k < 8; k++) sums[k] ^= data[i + k];
+    reading.sum ^= sums[0] ^ sums[1] ^ sums[2] ^ sums[3] ^ sums[4] ^ sums[5] ^ sums[6] ^ sums[7];
+}
+
+}  // namespace
+
+// Reads so many pages of 4096 bytes once, and returns their sum of a kind.
+extern "C" uint64_t losa_read(const void *data, int64_t pages, int32_t threads) {
+    Reading reading = {(const char *)data, {0}};
+    losa_parallel(pages, 64, threads, read_range, &reading);
+    return reading.sum;
+}

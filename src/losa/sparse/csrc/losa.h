@@ -1,0 +1,72 @@
+// What the sources share: the C interface, plain conversions, threads.
+//
+// Each instruction set's source is compiled with its own -m flags. A function that two of them emit under one name would be
+// merged by the linker into either one's code, and crash where the processor lacks it: so everything shared here and in
+// product.h has internal linkage, and no inline function of the standard library is used.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum Type : int32_t { F32, BF16, F16, I8 };
+
+struct Matrix {            // a packed weight [out, in], as docs/format.md has it
+    const void *values;    // of `type`, with 64 entries behind the last
+    const uint8_t *mask;   // [out, ceil(in / 8)]
+    const int32_t *offsets;  // [out + 1], or null: every row then keeps per_row
+    const uint16_t *scales;  // bf16 [out, ceil(in / 256)] if the type is I8
+    int64_t out, in, per_row;
+    Type type;
+};
+
+struct Call {              // y [rows, out] = x [rows, in] W^T + bias
+    Matrix weight;
+    const void *x;         // x_type: F32 or BF16, rows contiguous
+    const void *bias;      // [out], bias_type: F32 or BF16; or null
+    void *y;               // of x_type
+    int64_t rows;
+    Type x_type, bias_type;
+    int32_t threads;
+};
+
+// body(context, begin, end) over the whole of [0, count), in pieces of `step`, each piece once, by up to `threads` threads.
+extern "C" void losa_parallel(int64_t count, int64_t step, int32_t threads, void (*body)(void *, int64_t, int64_t), void *context);
+
+namespace {
+
+constexpr int GROUP = 256;  // columns that share a scale
+
+inline float bits_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline float bf16_float(uint16_t bits) { return bits_float((uint32_t)bits << 16); }
+
+inline uint16_t float_bf16(float value) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float read_float(const void *data, Type type, int64_t i) {
+    return type == F32 ? ((const float *)data)[i] : bf16_float(((const uint16_t *)data)[i]);
+}
+
+inline int64_t first_value(const Matrix &w, int64_t row) { return w.offsets ? w.offsets[row] : row * w.per_row; }
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// 64 columns of a row's mask. The last word of a row may have fewer bytes; the bits it lacks are 0: nothing is read
+// beyond the row.
+inline uint64_t mask_word(const uint8_t *mask, int64_t byte, int64_t bytes) {
+    uint64_t word = 0;
+    if (byte + 8 <= bytes) memcpy(&word, mask + byte, 8);
+    else memcpy(&word, mask + byte, (size_t)(bytes - byte));
+    return word;
+}
+
+}  // namespace

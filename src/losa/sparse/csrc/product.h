@@ -1,0 +1,267 @@
+// The product with a packed weight, and its expansion, for any instruction set. The source that includes this has defined
+//
+//   Vector                       lanes of floats; zero(), splat(f), fma(a, b, c) = a b + c, sum(Vector) -> float
+//
+// and for each type of values a kind K with
+//
+//   Value, Input                 a stored value; an element of x as `arrange` lays it out, PER_COLUMN of them a column
+//   STEP                         columns spread at a time: 8, 16, 32 or 64
+//   SCALED                       whether each GROUP of columns has a scale
+//   Mask mask(word, k)           the k-th STEP columns of 64
+//   int count(Mask)              how many of them are kept
+//   Weights spread(v, Mask)      the next values, each in its column, zero in the others
+//   Inputs load(x)               STEP inputs
+//   Sum none(), add(Sum&, Weights, Inputs), Vector total(Sum)
+//   arrange(call, to, width, scales, groups)    lays out x; true if it wrote scales of x, one a GROUP
+//   Output, put(Weights, scale, to)             for the expansion: an element of the tile; STEP of them
+//
+// Values beyond the last kept one of a mask are loaded (the tensor's padding has room for them) and never multiplied.
+#pragma once
+#include "losa.h"
+
+#ifdef LOSA_NO_UNROLL
+#define UNROLL(n)
+#else
+#define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
+#define UNROLL_TEXT(text) #text
+#endif
+
+namespace {
+
+constexpr int TOGETHER = 4;  // rows of x that share one expansion; the next four read the weights from the nearest cache
+
+struct Layout {  // x as the kernel reads it: [rows, width] of Input, zero behind the last column
+    const void *data;
+    const float *scales;  // [rows, groups]: only where x is quantised
+    int64_t width, groups;
+};
+
+template <class K, int R, int B>
+inline void product_rows(const Call &call, const Layout &x, int64_t first_x, const int64_t (&row)[R]) {
+    const Matrix &w = call.weight;
+    const int64_t bytes = (w.in + 7) / 8;
+    const int64_t groups = (w.in + GROUP - 1) / GROUP;
+    // A sum waits for the last one of its own chain: with few sums, two chains each.
+    constexpr int CHAINS = B == 1 ? 2 : 1;
+    constexpr int STEPS = 64 / K::STEP;
+    const typename K::Value *values[R];
+    const uint8_t *mask[R];
+    typename K::Sum sums[R][B][CHAINS];
+    Vector totals[R][B];
+    for (int r = 0; r < R; r++) {
+        values[r] = (const typename K::Value *)w.values + first_value(w, row[r]);
+        mask[r] = w.mask + row[r] * bytes;
+        for (int b = 0; b < B; b++) {
+            totals[r][b] = zero();
+            for (int c = 0; c < CHAINS; c++) sums[r][b][c] = K::none();
+        }
+    }
+    const typename K::Input *inputs[B];
+    for (int b = 0; b < B; b++) inputs[b] = (const typename K::Input *)x.data + (first_x + b) * x.width;
+
+    const auto step = [&](int64_t byte, const uint64_t(&word)[R]) __attribute__((always_inline)) {
+        UNROLL(8)
+        for (int k = 0; k < STEPS; k++) {
+            typename K::Weights weights[R];
+            UNROLL(2)
+            for (int r = 0; r < R; r++) {
+                const typename K::Mask kept = K::mask(word[r], k);
+                weights[r] = K::spread(values[r], kept);
+                values[r] += K::count(kept);
+            }
+            UNROLL(8)
+            for (int b = 0; b < B; b++) {
+                const typename K::Inputs in = K::load(inputs[b] + (byte * 8 + k * K::STEP) * K::PER_COLUMN);
+                UNROLL(2)
+                for (int r = 0; r < R; r++) K::add(sums[r][b][k % CHAINS], weights[r], in);
+            }
+        }
+    };
+    const int64_t span = K::SCALED ? GROUP / 8 : bytes;  // bytes of the mask between two uses of the sums
+    for (int64_t begin = 0; begin < bytes; begin += span) {
+        const int64_t end = begin + span < bytes ? begin + span : bytes;
+        int64_t byte = begin;
+        uint64_t word[R];
+        for (; byte + 8 <= end; byte += 8) {
+            for (int r = 0; r < R; r++) memcpy(&word[r], mask[r] + byte, 8);
+            step(byte, word);
+        }
+        if (byte < end) {  // the row's last columns: nothing is read beyond it
+            for (int r = 0; r < R; r++) word[r] = 0, memcpy(&word[r], mask[r] + byte, (size_t)(end - byte));
+            step(byte, word);
+        }
+        if (K::SCALED) {
+            for (int r = 0; r < R; r++) {
+                const float scale = bf16_float(w.scales[row[r] * groups + begin / span]);
+                for (int b = 0; b < B; b++) {
+                    const float both = x.scales ? scale * x.scales[(first_x + b) * x.groups + begin / span] : scale;
+                    for (int c = 0; c < CHAINS; c++) {
+                        totals[r][b] = fma(K::total(sums[r][b][c]), splat(both), totals[r][b]);
+                        sums[r][b][c] = K::none();
+                    }
+                }
+            }
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        for (int b = 0; b < B; b++) {
+            if (first_x + b >= call.rows) break;  // x was filled up to B rows
+            if (!K::SCALED)
+                for (int c = 0; c < CHAINS; c++) totals[r][b] = fma(K::total(sums[r][b][c]), splat(1), totals[r][b]);
+            float y = sum(totals[r][b]);
+            if (call.bias) y += read_float(call.bias, call.bias_type, row[r]);
+            const int64_t at = (first_x + b) * w.out + row[r];
+            if (call.x_type == F32) ((float *)call.y)[at] = y;
+            else ((uint16_t *)call.y)[at] = float_bf16(y);
+        }
+    }
+}
+
+struct Work {
+    const Call *call;
+    const Layout *x;
+};
+
+// Pairs of rows of the weight, so that two share the loads of x; the last row alone if they are odd. The rows of a pair are
+// half the matrix apart: each reads on where its last one ended, which the processor's prefetchers follow, and they
+// follow two such streams better far apart (AVX2, 4096 columns: 32 rows apart 10, 128 and more 14 weights a nanosecond).
+template <class K, int B>
+void product_range(void *context, int64_t begin, int64_t end) {
+    const Work &work = *(const Work *)context;
+    const int64_t half = work.call->weight.out / 2;
+    for (int64_t i = begin; i < end; i++) {
+        for (int64_t b = 0; b < work.call->rows; b += B) {
+            if (i < half) product_rows<K, 2, B>(*work.call, *work.x, b, {i, half + i});
+            else product_rows<K, 1, B>(*work.call, *work.x, b, {2 * half});
+        }
+    }
+}
+
+// How many pairs a thread takes at a time: few enough that all have work, which comes out even.
+inline int64_t piece(int64_t pairs, int32_t threads) {
+    const int64_t fair = pairs / (4 * (threads > 0 ? threads : 1));
+    return fair < 1 ? 1 : fair > 32 ? 32 : fair;
+}
+
+// 0, or 1 if there is no memory for x.
+template <class K>
+int product(const Call &call) {
+    const int64_t together = call.rows < TOGETHER ? call.rows : TOGETHER;
+    const int64_t rows = round_up(call.rows, together);
+    const int64_t width = round_up(call.weight.in, 64) * K::PER_COLUMN;
+    const int64_t groups = (call.weight.in + GROUP - 1) / GROUP;
+    const int64_t data = round_up(rows * width * (int64_t)sizeof(typename K::Input), 64);
+    char *memory = (char *)aligned_alloc(64, (size_t)(data + round_up(rows * groups * 4, 64)));
+    if (!memory) return 1;
+    memset(memory, 0, (size_t)data);
+    float *scales = (float *)(memory + data);
+    const bool scaled = K::arrange(call, (typename K::Input *)memory, width, scales, groups);
+    const Layout x = {memory, scaled ? scales : nullptr, width, groups};
+    Work work = {&call, &x};
+    const auto body = together == 1   ? product_range<K, 1>
+                      : together == 2 ? product_range<K, 2>
+                      : together == 3 ? product_range<K, 3>
+                                      : product_range<K, TOGETHER>;
+    const int64_t pairs = (call.weight.out + 1) / 2;
+    losa_parallel(pairs, piece(pairs, call.threads), call.threads, body, &work);
+    free(memory);
+    return 0;
+}
+
+// x as floats.
+inline void arrange_floats(const Call &call, float *to, int64_t width) {
+    for (int64_t b = 0; b < call.rows; b++)
+        for (int64_t j = 0; j < call.weight.in; j++)
+            to[b * width + j] = read_float(call.x, call.x_type, b * call.weight.in + j);
+}
+
+struct Expansion {
+    const Matrix *weight;
+    int64_t first;   // row of the weight that goes to the first row of the tile
+    void *tile;      // [rows, stride], stride a multiple of 64
+    int64_t stride;
+};
+
+template <class K>
+void expand_range(void *context, int64_t begin, int64_t end) {
+    const Expansion &e = *(const Expansion *)context;
+    const Matrix &w = *e.weight;
+    const int64_t bytes = (w.in + 7) / 8, groups = (w.in + GROUP - 1) / GROUP;
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t row = e.first + i;
+        const typename K::Value *values = (const typename K::Value *)w.values + first_value(w, row);
+        typename K::Output *to = (typename K::Output *)e.tile + i * e.stride;
+        for (int64_t byte = 0; byte < bytes; byte += 8) {
+            const uint64_t word = mask_word(w.mask + row * bytes, byte, bytes);
+            const float scale = K::SCALED ? bf16_float(w.scales[row * groups + byte * 8 / GROUP]) : 1;
+UNROLL(8)
+            for (int k = 0; k < 64 / K::STEP; k++) {
+                const typename K::Mask kept = K::mask(word, k);
+                K::put(K::spread(values, kept), scale, to + byte * 8 + k * K::STEP);
+                values += K::count(kept);
+            }
+        }
+    }
+}
+
+template <class K>
+int expand(const Matrix &weight, int64_t first, int64_t rows, void *tile, int64_t stride, int32_t threads) {
+    Expansion e = {&weight, first, tile, stride};
+    losa_parallel(rows, 16, threads, expand_range<K>, &e);
+    return 0;
+}
+
+// The opponent in benchmarks: a dense bf16 weight [out, in], `in` a multiple of 128, and one row of x; y in float.
+struct Dense {
+    const uint16_t *weight;
+    const void *x;
+    float *y;
+    int64_t in;
+};
+
+template <class K>
+void dense_range(void *context, int64_t begin, int64_t end) {
+    const Dense &d = *(const Dense *)context;
+    const typename K::Input *x = (const typename K::Input *)d.x;
+    for (int64_t row = begin; row < end; row++) {
+        const uint16_t *w = d.weight + row * d.in;
+        typename K::Sum sums[4] = {K::none(), K::none(), K::none(), K::none()};
+        for (int64_t j = 0; j < d.in; j += 4 * K::STEP)
+UNROLL(4)
+            for (int k = 0; k < 4; k++)
+                K::add(sums[k], K::all(w + j + k * K::STEP), K::load(x + j + k * K::STEP));
+        Vector total = zero();
+        for (int k = 0; k < 4; k++) total = fma(K::total(sums[k]), splat(1), total);
+        d.y[row] = sum(total);
+    }
+}
+
+}  // namespace
+
+// The C functions of a source that defines KindBF16, KindF16, KindF32 and KindI8, all with floats for x.
+#define LOSA_KERNEL(name)                                                                                               \
+    extern "C" int losa_multiply_##name(const Call *call) {                                                             \
+        switch (call->weight.type) {                                                                                    \
+            case BF16: return product<KindBF16>(*call);                                                                 \
+            case F16: return product<KindF16>(*call);                                                                   \
+            case F32: return product<KindF32>(*call);                                                                   \
+            case I8: return product<KindI8>(*call);                                                                     \
+        }                                                                                                               \
+        return 2;                                                                                                       \
+    }                                                                                                                   \
+    extern "C" int losa_expand_##name(const Matrix *weight, int64_t first, int64_t rows, void *tile, int64_t stride,    \
+                                      int32_t threads) {                                                                \
+        switch (weight->type) {                                                                                         \
+            case BF16: return expand<KindBF16>(*weight, first, rows, tile, stride, threads);                            \
+            case F16: return expand<KindF16>(*weight, first, rows, tile, stride, threads);                              \
+            case F32: return expand<KindF32>(*weight, first, rows, tile, stride, threads);                              \
+            case I8: return expand<KindI8>(*weight, first, rows, tile, stride, threads);                                \
+        }                                                                                                               \
+        return 2;                                                                                                       \
+    }                                                                                                                   \
+    extern "C" int losa_dense_##name(const uint16_t *weight, const void *x, float *y, int64_t out, int64_t in,          \
+                                     int32_t threads) {                                                                 \
+        Dense dense = {weight, x, y, in};                                                                               \
+        losa_parallel(out, 64, threads, dense_range<KindBF16>, &dense);                                                 \
+        return 0;                                                                                                       \
+    }

@@ -1,0 +1,361 @@
+"""Every kernel against float64, whatever surrounds its inputs; the choice among them; the op."""
+
+import ctypes
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from losa import registry
+from losa.errors import LosaError
+from losa.sparse import cpu, kernels, native
+from losa.sparse.packed import DTYPES, GROUP, PAD, Packed, pack, unpack
+
+CPU = torch.device("cpu")
+TYPES = (torch.float32, torch.bfloat16)
+POISON = {torch.int8: 0x55, torch.uint8: 0xFF, torch.int32: 0x7FFFFFF0}
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The AVX-512 kernels, every instruction of theirs in plain C++ (tests/emulated), for any processor."""
+    try:
+        command = native.compiler()
+    except native.Unavailable as error:
+        pytest.skip(str(error))
+    made = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    sources = [str(native.CSRC / f"{name}.cpp") for name in ("common", "avx512", "avx512_bf16")]
+    include = ["-I", str(Path(__file__).parent / "emulated")]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-shared", "-pthread"]
+    subprocess.run([*command, *flags, *include, *sources, "-o", str(made), "-ldl"], check=True)
+    return ctypes.CDLL(str(made))
+
+
+@pytest.fixture(params=list(registry.KERNELS))
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.Kernel]:
+    """Every registered kernel; those whose instructions this processor lacks are emulated."""
+    made: kernels.Kernel = registry.get("kernel", request.param)()
+    if isinstance(made, cpu.Native):
+        if not cpu.features(native.library()).issuperset(made.needs):
+            library = request.getfixturevalue("emulated")
+            monkeypatch.setattr(native, "library", lambda: library)
+            monkeypatch.setattr(cpu, "features", lambda _: frozenset(made.needs))
+        cpu.function.cache_clear()
+    yield made
+    cpu.function.cache_clear()
+
+
+def walled(tensor: Tensor | None) -> Tensor | None:
+    """A copy with NaN (or what is wrong in a type without) right before and behind it."""
+    if tensor is None:
+        return None
+    wall = 100
+    poison = float("nan") if tensor.is_floating_point() else POISON[tensor.dtype]
+    room = torch.full((tensor.numel() + 2 * wall,), poison, dtype=tensor.dtype)
+    inside = room[wall : wall + tensor.numel()].view(tensor.shape)
+    return inside.copy_(tensor)
+
+
+def poisoned(packed: Packed) -> Packed:
+    """The same with walls around each tensor, and with what pads the values poisoned too: it may be read, not used."""
+    values, mask = walled(packed.values), walled(packed.mask)
+    assert values is not None and mask is not None
+    values[packed.kept :] = float("nan") if values.is_floating_point() else 0x55
+    return Packed(values, mask, walled(packed.offsets), walled(packed.scales), packed.in_features, packed.nm)
+
+
+def made(rows: int, columns: int, sparsity: float, values: torch.dtype, seed: int = 0) -> Packed:
+    """Random, with an empty row, a full one and some kept zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    mask = torch.rand(rows, columns, generator=generator) >= sparsity
+    weight[torch.rand(rows, columns, generator=generator) < 0.05] = 0
+    mask[0], mask[-1] = False, True
+    return pack(weight if values == torch.int8 else weight.to(values), mask, values)
+
+
+def check(kernel: kernels.Kernel, packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compare with float64; returns the kernel's result. Skips what the kernel refuses."""
+    if why := kernel.refuses(packed, x.dtype, CPU):
+        pytest.skip(why)
+    got = kernel.multiply(walled(x), poisoned(packed), bias)  # type: ignore[arg-type]
+    assert got.dtype == x.dtype and got.shape == (*x.shape[:-1], packed.out_features)
+    weight = unpack(packed, torch.float32)[0].double()
+    want = x.double() @ weight.T
+    scale = x.double().abs() @ weight.abs().T
+    if bias is not None:
+        want, scale = want + bias.double(), scale + bias.double().abs()
+    allowed = 2e-6 * scale + 1e-30
+    if isinstance(kernel, cpu.AVX512BF16):
+        # bf16 subnormals count as zero; int8: activations in 16 bits of a group's largest; prefill: weights and bias in bf16
+        largest = x.double().abs().amax(dim=-1, keepdim=True)
+        allowed += 1e-30 + (largest * 2**-16 * weight.abs().sum(dim=1) if packed.scales is not None else 0)
+        many = x.numel() // x.shape[-1] > cpu.ROWS
+        allowed += 2**-8 * scale if packed.scales is not None and many else 0
+        allowed += 2**-8 * bias.double().abs() if bias is not None and many else 0
+    if x.dtype == torch.bfloat16:
+        allowed += 2**-8 * want.abs() + 2**-133
+    assert ((got.double() - want).abs() <= allowed).all()
+    return got
+
+
+drawn = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+
+
+@pytest.mark.parametrize("values", DTYPES.values(), ids=DTYPES)
+@given(data=st.data())
+@drawn
+def test_agrees_with_float64(kernel: kernels.Kernel, values: torch.dtype, data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 70))
+    columns = data.draw(st.one_of(st.integers(1, 130), st.integers(1, 5).map(lambda n: n * GROUP + 8)))
+    tokens = data.draw(st.one_of(st.integers(1, 9), st.just(cpu.ROWS + 1)))
+    sparsity = data.draw(st.sampled_from([0.0, 0.3, 0.7, 0.9, 0.99]))
+    x_dtype = torch.bfloat16 if kernel.name == "avx512-bf16" else data.draw(st.sampled_from(TYPES))
+    seed = data.draw(st.integers(0, 2**16))
+    packed = made(rows, columns, sparsity, values, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(tokens, columns, generator=generator).to(x_dtype)
+    bias = torch.randn(rows, generator=generator) if data.draw(st.booleans()) else None
+    check(kernel, packed, x, bias)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 31, 63, 64, 65, 127, 255, 256, 257, 511, 513, 1000])
+def test_every_tail(kernel: kernels.Kernel, columns: int) -> None:
+    check(kernel, made(5, columns, 0.5, torch.bfloat16), torch.randn(2, columns).bfloat16())
+
+
+@pytest.mark.parametrize("values", DTYPES.values(), ids=DTYPES)
+def test_all_kept_and_nothing_kept(kernel: kernels.Kernel, values: torch.dtype) -> None:
+    weight = torch.randn(6, 200)
+    weight = weight if values == torch.int8 else weight.to(values)
+    x = torch.randn(3, 200).bfloat16()
+    for keep in (True, False):
+        got = check(kernel, pack(weight, torch.full((6, 200), keep), values), x)
+        assert keep or not got.any()
+
+
+@pytest.mark.parametrize("values", DTYPES.values(), ids=DTYPES)
+def test_nm_has_no_offsets(kernel: kernels.Kernel, values: torch.dtype) -> None:
+    mask = torch.rand(9, 30, 4).argsort(dim=2).lt(2).view(9, 120)
+    weight = torch.randn(9, 120)
+    packed = pack(weight if values == torch.int8 else weight.to(values), mask, values)
+    assert packed.offsets is None
+    check(kernel, packed, torch.randn(1, 120).bfloat16())
+    check(kernel, packed, torch.randn(cpu.ROWS + 6, 120).bfloat16())
+
+
+@pytest.mark.parametrize("values", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 8, cpu.ROWS + 1])
+def test_threads_do_not_change_a_bit(kernel: kernels.Kernel, values: torch.dtype, tokens: int) -> None:
+    packed, x = made(301, 700, 0.6, values), torch.randn(tokens, 700).bfloat16()
+    if isinstance(kernel, cpu.Native) and tokens <= cpu.ROWS:
+        results = []
+        for threads in (1, 2, 5, 2):
+            torch.set_num_threads(threads)
+            results.append(check(kernel, packed, x))
+        torch.set_num_threads(1)
+        assert all(torch.equal(results[0], other) for other in results[1:])
+    else:  # torch's own product is in it
+        assert torch.equal(check(kernel, packed, x), check(kernel, packed, x))
+
+
+def test_any_shape_and_stride_of_x(kernel: kernels.Kernel) -> None:
+    packed = made(20, 96, 0.5, torch.bfloat16)
+    if why := kernel.refuses(packed, torch.bfloat16, CPU):
+        pytest.skip(why)
+    x = torch.randn(2, 3, 96).bfloat16()
+    whole = kernel.multiply(x, packed)
+    assert whole.shape == (2, 3, 20)
+    assert torch.equal(kernel.multiply(x.transpose(0, 1), packed), whole.transpose(0, 1))
+    assert torch.equal(kernel.multiply(x.repeat_interleave(2, dim=2)[..., ::2], packed), whole)
+    assert kernel.multiply(x[0, 0], packed).shape == (20,)
+    assert kernel.multiply(x[:0], packed).shape == (0, 3, 20)
+
+
+@pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16, torch.float16])
+def test_bias_of_any_type(kernel: kernels.Kernel, bias: torch.dtype) -> None:
+    check(kernel, made(20, 96, 0.5, torch.bfloat16), torch.randn(2, 96).bfloat16(), torch.randn(20).to(bias))
+
+
+def test_half_precision_activations(kernel: kernels.Kernel) -> None:
+    packed, x = made(20, 96, 0.5, torch.float16), torch.randn(2, 96).half()
+    if why := kernel.refuses(packed, x.dtype, CPU):
+        pytest.skip(why)
+    want = x.float() @ unpack(packed, torch.float32)[0].T
+    assert torch.allclose(kernel.multiply(x, packed).float(), want, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("values", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_comes_through(kernel: kernels.Kernel, values: torch.dtype, wrong: float) -> None:
+    packed, x = made(10, 300, 0.5, values), torch.randn(2, 300).bfloat16()
+    if why := kernel.refuses(packed, x.dtype, CPU):
+        pytest.skip(why)
+    x[1, 290] = wrong
+    got = kernel.multiply(x, packed)
+    assert got[0].isfinite().all() and not got[1, -1].isfinite()
+
+
+def test_a_weight_that_is_no_number_stays_in_its_row(kernel: kernels.Kernel) -> None:
+    weight, mask = torch.randn(7, 150).bfloat16(), torch.rand(7, 150) < 0.5
+    weight[3, 20], mask[3, 20] = float("nan"), True
+    packed = pack(weight, mask)
+    if why := kernel.refuses(packed, torch.bfloat16, CPU):
+        pytest.skip(why)
+    assert kernel.multiply(torch.randn(1, 150).bfloat16(), packed)[0].isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("values", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value(kernel: kernels.Kernel, values: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(values).view(-1, 64)
+    packed, x = pack(every, torch.ones(every.shape, dtype=torch.bool)), torch.zeros(64, 64, dtype=torch.bfloat16)
+    if why := kernel.refuses(packed, x.dtype, CPU):
+        pytest.skip(why)
+    finite = torch.where(every.isfinite(), every, 0)
+    packed = pack(finite, torch.ones(every.shape, dtype=torch.bool))
+    got = kernel.multiply(torch.eye(64, dtype=torch.bfloat16), packed).T
+    want = finite.bfloat16()
+    if kernel.name == "avx512-bf16":  # whose instruction takes subnormals for zero
+        want = torch.where(want.abs() < 2**-126, 0, want)
+    assert torch.equal(got, want)
+
+
+def test_the_oracle_sees_a_wrong_result() -> None:
+    class Wrong:
+        name = "wrong"
+
+        def refuses(self, *_: Any) -> None:
+            return None
+
+        def multiply(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+            return (x.float() @ unpack(packed, torch.float32)[0].T * (1 + 1e-4)).to(x.dtype)
+
+    with pytest.raises(AssertionError):
+        check(Wrong(), made(5, 64, 0.5, torch.float32), torch.randn(2, 64))
+
+
+# ---------------------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOSA_KERNEL", raising=False)
+    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernels, "_told", set())
+
+
+PACKED = made(8, 64, 0.5, torch.bfloat16)
+
+
+def test_the_first_that_does_not_refuse(fresh: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "losa.sparse")
+    for _ in range(2):
+        choice = kernels.choose(PACKED, torch.float32, CPU)
+    before = list(registry.KERNELS)[: list(registry.KERNELS).index(choice.kernel.name)]
+    assert list(choice.refused) == before and "avx512-bf16" in before
+    logged = [record.message for record in caplog.records if "refused" in record.message]
+    assert logged == [f"kernel {name} refused: {why}" for name, why in choice.refused.items()]
+
+
+def test_a_named_kernel(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.choose(PACKED, torch.float32, CPU, "portable").kernel.name == "portable"
+    monkeypatch.setenv("LOSA_KERNEL", "reference")
+    assert kernels.choose(PACKED, torch.float32, CPU).kernel.name == "reference"
+    assert kernels.choose(PACKED, torch.float32, CPU, "auto").kernel.name != "reference"
+
+
+def test_a_named_kernel_that_refuses_is_an_error(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "features", lambda _: frozenset({"avx2"}))
+    with pytest.raises(LosaError, match=r"'avx512' cannot be used: this processor has no avx512f, .*LOSA_KERNEL=auto"):
+        kernels.choose(PACKED, torch.float32, CPU, "avx512")
+    monkeypatch.setattr(cpu, "features", lambda _: frozenset(cpu.AVX512BF16.needs))
+    monkeypatch.setenv("LOSA_KERNEL", "avx512-bf16")
+    with pytest.raises(LosaError, match="multiplies bfloat16 values by bfloat16"):
+        kernels.multiply(torch.randn(1, 64), PACKED)
+
+
+def test_an_unknown_kernel(fresh: None) -> None:
+    with pytest.raises(LosaError, match="unknown kernel 'avx521': did you mean 'avx512'"):
+        kernels.choose(PACKED, torch.float32, CPU, "avx521")
+
+
+def test_the_reference_takes_what_is_left_and_says_so_once(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def gone() -> ctypes.CDLL:
+        raise native.Unavailable("there is no C++ compiler")
+
+    monkeypatch.setattr(native, "library", gone)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 64).to(dtype)
+        want = x.float() @ unpack(PACKED, torch.float32)[0].T
+        assert torch.allclose(kernels.multiply(x, PACKED).float(), want, rtol=1e-2, atol=1e-2)
+    warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == 1 and "slow reference" in warned[0] and "there is no C++ compiler" in warned[0]
+
+
+def test_other_devices_and_types_are_refused() -> None:
+    for name in registry.KERNELS:
+        kernel: kernels.Kernel = registry.get("kernel", name)()
+        assert kernel.refuses(PACKED, torch.int64, CPU)
+        if isinstance(kernel, cpu.Native):
+            assert kernel.refuses(PACKED, torch.float64, CPU)
+            assert "not on cuda" in str(kernel.refuses(PACKED, torch.float32, torch.device("cuda")))
+    with pytest.raises(LosaError, match=r"no kernel multiplies torch\.int64"):
+        kernels.choose(PACKED, torch.int64, CPU)
+
+
+# -------------------------------------------------------------------------------------------------------------- the op
+
+
+def test_the_op_is_a_good_citizen() -> None:
+    packed = made(8, 64, 0.5, torch.int8)
+    tensors = (packed.values, packed.mask, packed.offsets, packed.scales)
+    arguments = (torch.randn(3, 64), *tensors, torch.randn(8), 64)
+    torch.library.opcheck(torch.ops.losa.packed_linear.default, arguments)
+
+
+def test_compiled_graphs_stay_whole() -> None:
+    def double(x: Tensor) -> Tensor:
+        return kernels.multiply(x, PACKED) * 2
+
+    x = torch.randn(2, 3, 64)
+    compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), double(x))
+
+
+def test_gradients_are_refused_not_lost() -> None:
+    y = kernels.multiply(torch.randn(1, 64, requires_grad=True), PACKED)
+    with pytest.raises(RuntimeError, match="losa"):
+        y.sum().backward()
+
+
+def test_a_wrong_width_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"64 columns was given \[2, 65\]"):
+        kernels.multiply(torch.randn(2, 65), PACKED)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_works_after_a_fork() -> None:
+    packed, x = made(300, 512, 0.5, torch.bfloat16), torch.randn(1, 512)
+    torch.set_num_threads(2)
+    try:
+        want = kernels.multiply(x, packed)
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(2)
+            os._exit(0 if torch.equal(kernels.multiply(x, packed), want) else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+    finally:
+        torch.set_num_threads(1)
