@@ -96,8 +96,8 @@ def test_strides_on_the_command_line(llama: Path, text: Path, capsys: pytest.Cap
         (["--against", "demo", "--prompts", "blank.txt"], "there is no prompt in it"),
         (["--against", "demo", "--prompts", "wikitext2"], "name a file"),
         (["--against", "demo", "--prompts", "long.txt"], "prompt 1 has 201 tokens, and the model reads at most 64"),
-        (["--against", "other", "--prompts", "short.txt", "--new-tokens", "8"], "have different vocabularies"),
-        (["--against", "nowhere/", "--prompts", "short.txt", "--new-tokens", "8"], "does not exist"),
+        (["--against", "other", "--prompts", "short.txt", "--max-new-tokens", "8"], "have different vocabularies"),
+        (["--against", "nowhere/", "--prompts", "short.txt", "--max-new-tokens", "8"], "does not exist"),
     ],
 )
 def test_bad_input_is_known_before_the_model_loads(
@@ -198,8 +198,8 @@ def test_side_by_side(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "prompts.jsonl").write_text(
         '{"text": "import os\\n"}\n{"instruction": "Name [bold]one[/bold].", "output": "x"}'
     )
-    rest = ["--against", str(llama), "--prompts", str(tmp_path / "prompts.jsonl"), "--new-tokens", "6"]
-    window = {"new_tokens": 6, "against": str(llama), "prompts": str(tmp_path / "prompts.jsonl")}
+    rest = ["--against", str(llama), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "6"]
+    window = {"max_new_tokens": 6, "against": str(llama), "prompts": str(tmp_path / "prompts.jsonl")}
     with pytest.raises(LosaError, match="prompt 2 has"):  # the prompt is the instruction in its template
         evaluate.evaluate(str(llama), Evaluation(**window), Recipe())
     (tmp_path / "prompts.jsonl").write_text('{"text": "import os\\n"}\n{"text": "# [bold]x[/bold]"}')

@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     about_texts = evaluate.add_argument_group("texts side by side")
     about_texts.add_argument("--against", metavar="DENSE", default="", help="the model to compare with")
     about_texts.add_argument("--prompts", metavar="FILE", default="", help="a prompt a line (.txt) or a row")
-    about_texts.add_argument("--new-tokens", type=int, default=64, help="tokens to write after each (default: 64)")
+    about_texts.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write after each (default: 64)")
     for name in ("device", "dtype"):
         evaluate.add_argument(f"--{name}", default="auto", help=_settings()[name].metadata["doc"])
 

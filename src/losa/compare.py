@@ -33,7 +33,7 @@ def read_prompts(path: str, tokenizer: Any, longest: float, new_tokens: int) -> 
         if (length := len(tokenizer(prompt)["input_ids"])) + new_tokens > longest:
             raise LosaError(
                 f"--prompts {path}: prompt {number} has {length} tokens, and the model reads at most {longest}: "
-                f"shorten it, or lower --new-tokens ({new_tokens})"
+                f"shorten it, or lower --max-new-tokens ({new_tokens})"
             )
     return prompts
 

@@ -71,9 +71,9 @@ class Evaluation:
     task_data: dict[str, str] = field(default_factory=dict)
     limit: int = 0  # questions of each task; 0: all
     batch_size: int = 8
-    against: str = ""  # the dense model that writes on from the same prompts, `new_tokens` at most
+    against: str = ""  # the dense model that writes on from the same prompts, `max_new_tokens` at most
     prompts: str = ""
-    new_tokens: int = 64
+    max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
         """Raise LosaError for what cannot be asked together."""
@@ -89,8 +89,8 @@ class Evaluation:
             raise LosaError("--tokens, --window and --stride are about perplexity: name its text with --data")
         if min(self.tokens, self.window) < 0 or 1 in (self.tokens, self.window):
             raise LosaError("--tokens and --window are counts of tokens: at least 2, or 0 for the default")
-        if min(self.batch_size, self.new_tokens) < 1 or min(self.limit, self.stride) < 0:
-            raise LosaError("--batch-size and --new-tokens are at least 1, --limit and --stride at least 0")
+        if min(self.batch_size, self.max_new_tokens) < 1 or min(self.limit, self.stride) < 0:
+            raise LosaError("--batch-size and --max-new-tokens are at least 1, --limit and --stride at least 0")
 
 
 def evaluate(source: str, asked: Evaluation, recipe: Recipe, quiet: bool = True) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def evaluate(source: str, asked: Evaluation, recipe: Recipe, quiet: bool = True)
             raise LosaError(f"--stride is {asked.stride}: must be below the window of {window} tokens")
         tokens = data.evaluation_tokens(asked.data, tokenizer, window, asked.tokens)
     if asked.prompts:
-        prompts = compare.read_prompts(asked.prompts, tokenizer, model.longest_text(config), asked.new_tokens)
+        prompts = compare.read_prompts(asked.prompts, tokenizer, model.longest_text(config), asked.max_new_tokens)
         compare.check_tokenizers(source, tokenizer, asked.against)
     prepared = harness.prepare(names, asked.task_data)
     subject = model.load(source, recipe)
@@ -124,6 +124,6 @@ def evaluate(source: str, asked: Evaluation, recipe: Recipe, quiet: bool = True)
         dense = model.load(asked.against, recipe)
         model.check_finite(dense)
         found["comparison"] = {"against": asked.against} | compare.compare(
-            subject, dense, tokenizer, prompts, asked.new_tokens
+            subject, dense, tokenizer, prompts, asked.max_new_tokens
         )
     return found
