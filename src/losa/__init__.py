@@ -5,19 +5,38 @@ from typing import TYPE_CHECKING, Any
 from losa import loading
 from losa.errors import LosaError
 from losa.recipe import Recipe
+from losa.repair_recipe import Repair
 
 if TYPE_CHECKING:
+    from losa.attached import Adapters, attach, merge
     from losa.evaluate import perplexity
     from losa.pipeline import Result, compress
+    from losa.repair import recover
     from losa.tasks.harness import zero_shot
 
 __version__ = "0.1.0"
-__all__ = ["LosaError", "Recipe", "Result", "compress", "perplexity", "zero_shot"]
+__all__ = [
+    "Adapters",
+    "LosaError",
+    "Recipe",
+    "Repair",
+    "Result",
+    "attach",
+    "compress",
+    "merge",
+    "perplexity",
+    "recover",
+    "zero_shot",
+]
 
 _LAZY = {  # they import torch
-    "compress": "losa.pipeline",
+    "Adapters": "losa.attached",
     "Result": "losa.pipeline",
+    "attach": "losa.attached",
+    "compress": "losa.pipeline",
+    "merge": "losa.attached",
     "perplexity": "losa.evaluate",
+    "recover": "losa.repair",
     "zero_shot": "losa.tasks.harness",
 }
 

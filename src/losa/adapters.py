@@ -145,6 +145,7 @@ class MaskedLinear(nn.Module):
     """
 
     merges: ClassVar[bool] = True
+    pair_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # its trainable parameters
     weight: Tensor
     bias: nn.Parameter | None
     mask_bits: Tensor
@@ -195,7 +196,8 @@ class MaskedLinear(nn.Module):
             raise LosaError(f"rank must be within 0 and max_rank = {self.max_rank}, not {rank}")
         if self.lora_A is not None and self.lora_B is not None:
             if rank < self.rank:
-                self._fold(self.lora_A[rank : self.rank], self.lora_B[:, rank : self.rank])
+                a, b = self.pair()
+                self._fold(a[rank:], b[:, rank:])
             else:
                 bound = self.in_features**-0.5
                 fresh = torch.empty(rank - self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
@@ -208,7 +210,7 @@ class MaskedLinear(nn.Module):
     def _fold(self, a: Tensor, b: Tensor) -> None:
         self.weight.copy_(effective_weight(self.weight, self.mask_bits, a, b, self.scaling, self.weight.dtype))
 
-    def _pair(self) -> tuple[Tensor, Tensor]:
+    def pair(self) -> tuple[Tensor, Tensor]:
         """The rows and columns in use: [rank, in] and [out, rank]."""
         assert self.lora_A is not None and self.lora_B is not None, "a rank above 0 needs a pair"
         return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
@@ -219,7 +221,7 @@ class MaskedLinear(nn.Module):
         dtype = dtype or self.weight.dtype
         if self.rank == 0:
             return self.weight.to(dtype, copy=True)
-        return effective_weight(self.weight, self.mask_bits, *self._pair(), self.scaling, dtype)
+        return effective_weight(self.weight, self.mask_bits, *self.pair(), self.scaling, dtype)
 
     @torch.no_grad()
     def open(self) -> nn.Parameter:
@@ -249,7 +251,7 @@ class MaskedLinear(nn.Module):
         self.rank, self._folded = self._folded, 0
         if self.rank:
             mask, zero = self.mask, torch.zeros_like(self.weight)
-            pair = effective_weight(zero, self.mask_bits, *self._pair(), self.scaling, torch.float32)
+            pair = effective_weight(zero, self.mask_bits, *self.pair(), self.scaling, torch.float32)
             self.weight.masked_scatter_(mask, (self.kept - pair[mask]).to(self.weight.dtype))
         else:
             self.settle()
@@ -277,7 +279,7 @@ class MaskedLinear(nn.Module):
         if self.kept is not None:
             trained: Tensor = _Kept.apply(x, self.kept, self.weight, self.mask_bits, self.bias)
             return trained
-        a, b = self._pair()
+        a, b = self.pair()
         y: Tensor = _MaskedLowRank.apply(x, self.weight, self.mask_bits, a, b, self.bias, self.scaling)
         return y
 
@@ -309,7 +311,7 @@ class LowRankLinear(MaskedLinear):
         """W + s B A, dense: what the layer computes, not what can be stored."""
         if self.rank == 0:
             return super().effective_weight(dtype)
-        a, b = self._pair()
+        a, b = self.pair()
         return torch.addmm(self.weight.to(a.dtype), b, a, alpha=self.scaling).to(dtype or self.weight.dtype)
 
     def merge(self) -> nn.Linear:
@@ -325,6 +327,6 @@ class LowRankLinear(MaskedLinear):
         if self.rank == 0:
             return super().forward(x)
         y = F.linear(x, self.weight, self.bias)
-        a, b = self._pair()
+        a, b = self.pair()
         low = F.linear(x.to(a.dtype), a) * self.scaling
         return y + F.linear(low, b).to(y.dtype)

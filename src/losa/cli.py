@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from losa import recipe, registry
+from losa import recipe, registry, repair_recipe
 from losa.errors import LosaError
 
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"losa: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("losa: interrupted; losa compress ... --resume goes on with a run", file=sys.stderr)
+        print("losa: interrupted; the same command with --resume goes on with a run", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -57,18 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     compress = command("compress", _compress, "prune a model in steps, recover it, merge, save")
     compress.add_argument("model", metavar="MODEL", help="local folder, name on the hub, or demo (the built-in model)")
-    compress.add_argument("--output", type=Path, help="new folder for the result and the run")
-    compress.add_argument(
-        "--recipe",
-        help=f"settings: {', '.join(recipe.RECIPES)}, or JSON files, several with commas between; flags go on top",
-    )
-    compress.add_argument("--resume", action="store_true", help="go on with the run in --output, with its own settings")
-    compress.add_argument("--overwrite", action="store_true", help="replace the run in --output")
-    compress.add_argument(
-        "--dry-run", action="store_true", help="say what would happen, and what it would take; do nothing"
-    )
-    compress.add_argument("--quiet", action="store_true", help="no progress")
+    _add_run(compress, "settings")
     _add_settings(compress)
+
+    recover = command("recover", _recover, "repair a model that is pruned already, its zeros kept; merge, save")
+    recover.add_argument("model", metavar="SPARSE", help="local folder or name on the hub of a model with zeros")
+    _add_run(recover, "settings, of which those of recovery count")
+    _add_settings(recover, hidden=repair_recipe.PRUNING)
 
     evaluate = command("evaluate", _evaluate, "perplexity, zero-shot tasks, and texts of a model, sparse or dense")
     evaluate.add_argument("model", metavar="MODEL", help="local folder, name on the hub, or demo (the built-in model)")
@@ -132,11 +127,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_run(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--output", type=Path, help="new folder for the result and the run")
+    parser.add_argument(
+        "--recipe",
+        help=f"{what}: {', '.join(recipe.RECIPES)}, or JSON files, several with commas between; flags go on top",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output, with its own settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would happen, and what it would take; do nothing"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
 def _settings() -> dict[str, Any]:
     return {field.name: field for field in dataclasses.fields(recipe.Recipe)}
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, hidden: Sequence[str] = ()) -> None:
+    """A flag a setting. `hidden`: not in the help, but known, so that the error can say why it means nothing here."""
     group = parser.add_argument_group("settings")
     for name, field in _settings().items():
         kind = get_origin(field.type) or field.type
@@ -144,6 +154,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         options: dict[str, Any] = {"help": field.metadata["doc"].replace("%", "%%"), "dest": f"set_{name}"}
         if default not in ("", [], {}, None):
             options["help"] += f" (default: {default})"
+        if name in hidden:
+            options["help"] = argparse.SUPPRESS
         if kind is Literal:
             options["metavar"] = "|".join(get_args(field.type))
         elif kind is UnionType:
@@ -174,6 +186,21 @@ def _json_object(text: str) -> Any:
 
 
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
+    settings = _chosen(args, recipe.Recipe)
+    from losa.inspection import plan
+    from losa.pipeline import compress
+
+    return _run(args, settings, compress, plan)
+
+
+def _recover(args: argparse.Namespace) -> dict[str, Any]:
+    settings = _chosen(args, repair_recipe.Repair)
+    from losa.repair import plan, recover
+
+    return _run(args, settings, recover, plan)
+
+
+def _chosen(args: argparse.Namespace, kind: type[recipe.Recipe]) -> recipe.Recipe:
     given = {name: getattr(args, f"set_{name}") for name in _settings()}
     given = {name: value for name, value in given.items() if value is not None}
     if args.output is None and not args.dry_run:
@@ -181,26 +208,26 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     if args.resume and args.recipe is None and args.output is not None:
         from losa.run import read_recipe
 
-        settings = recipe.from_settings(read_recipe(args.output)["recipe"] | given)
-    else:
-        settings = recipe.load(args.recipe, given)
+        kept = read_recipe(args.output)
+        if (kept["command"] == "compress") != kind.prunes:
+            raise LosaError(f"{args.output} was started by losa {kept['command']}: resume it with that")
+        return recipe.from_settings(kept["recipe"] | given, kind)
+    return recipe.load(args.recipe, given, kind)
+
+
+def _run(args: argparse.Namespace, settings: recipe.Recipe, start: Any, plan: Any) -> dict[str, Any]:
     _quiet_libraries()
     from losa.inputs import check
-    from losa.pipeline import compress
     from losa.progress import Progress
 
     if args.dry_run:
-        from losa.inspection import plan
-
         check(args.model, settings, args.output, args.overwrite, args.resume)
-        planned = plan(args.model, settings)
+        planned: dict[str, Any] = plan(args.model, settings)
         if not args.json:
             _print_plan(planned, settings)
         return planned
     progress = Progress(quiet=args.quiet or args.json)
-    result = compress(
-        args.model, settings, args.output, resume=args.resume, overwrite=args.overwrite, progress=progress
-    )
+    result = start(args.model, settings, args.output, resume=args.resume, overwrite=args.overwrite, progress=progress)
     if not args.json:
         _print_result(result.measurements, result.path)
     return {"output": str(result.path), "measurements": result.measurements, "history": result.history}
@@ -208,8 +235,8 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
 
 def _print_result(measurements: dict[str, Any], path: Path | None) -> None:
     rows = [("", "perplexity", "sparsity")]
-    for name in ("dense", "sparse"):
-        rows.append((name, _number(measurements[name]["perplexity"]), f"{measurements[name].get('sparsity', 0):.1%}"))
+    for name, measured in measurements.items():
+        rows.append((name, _number(measured["perplexity"]), f"{measured.get('sparsity', 0):.1%}"))
     print_table(rows)
     loads = measurements["sparse"].get("loads")
     print(f"saved in {path}" + (f"; loads in {loads}" if loads else ""))
@@ -220,12 +247,13 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
     print(
         f"{planned['blocks']} blocks, {planned['prunable']:,} prunable weights, about {planned['kept']:,} of them kept"
     )
-    print(
-        f"pruner {settings.pruner}, allocator {settings.allocator}, recovery {settings.recovery} on {planned['linears_adapted']} linears"
-    )
+    before = f"pruner {settings.pruner}, allocator {settings.allocator}, " if settings.prunes else ""
+    print(f"{before}recovery {settings.recovery} on {planned['linears_adapted']} linears")
     if planned["parameters_trained"]:
         merging = "which merge exactly" if planned["merges"] else "which do not merge"
         print(f"trained: {planned['trained']}, {planned['parameters_trained']:,} values at most, {merging}")
+    if dense := planned.get("dense"):
+        print(f"{len(dense)} linears have no mask and stay dense: {', '.join(dense)}")
     names = ("step", "sparsity", "mean_rank", "rows")
     print_table([names, *(tuple(str(step[name]) for name in names) for step in planned["steps"])])
     print(
@@ -310,10 +338,13 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         if "source" in found:
             made = found["recipe"]
             print(f"made by losa {found['versions']['losa']} from {found['source']}")
-            print(
-                f"pattern {made['pattern']}, sparsity {made['sparsity']}, pruner {made['pruner']}, allocator "
-                f"{made['allocator']}, {made['steps']} steps, recovery {made['recovery']}"
-            )
+            if found["command"] == "recover":
+                print(f"pruned already and repaired, recovery {made['recovery']}")
+            else:
+                print(
+                    f"pattern {made['pattern']}, sparsity {made['sparsity']}, pruner {made['pruner']}, allocator "
+                    f"{made['allocator']}, {made['steps']} steps, recovery {made['recovery']}"
+                )
         values = f" with {found['values']} values" if "values" in found else ""
         print(f"{found['format']}{values}, {size(found['bytes'])} on disk")
         if "exported" in found:

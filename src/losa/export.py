@@ -46,6 +46,7 @@ def save(
             _save_adapter(staging / "adapter", pairs, recipe, subject.source)
         summary = {
             "format": FORMAT,
+            "command": recipe.command,
             "source": subject.source,
             "versions": versions(),
             "recipe": recipe.to_json(),
@@ -80,11 +81,9 @@ def take_pairs(subject: Subject) -> dict[str, tuple[Tensor, Tensor]]:
     pairs = {}
     for block in subject.blocks:
         for name, linear in block.masked.items():
-            if linear.rank and linear.lora_A is not None and linear.lora_B is not None:
-                pairs[name] = (
-                    linear.lora_A[: linear.rank].detach().clone(),
-                    linear.lora_B[:, : linear.rank].detach().clone(),
-                )
+            if linear.rank:
+                a, b = linear.pair()
+                pairs[name] = (a.detach().clone(), b.detach().clone())
                 linear.rank = 0
     return pairs
 

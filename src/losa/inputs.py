@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from losa import data, model, registry, sources, structure
@@ -20,7 +21,7 @@ from losa.sparse.linear import layouts_in
 class Inputs:
     """Everything a run reads, as tokens."""
 
-    calibration: Tensor  # int64 [samples, length]
+    calibration: Tensor  # int64 [samples, length]; empty where nothing is pruned
     examples: list[data.Example]
     evaluation: Tensor | None  # int64 [tokens]
 
@@ -34,8 +35,9 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         )
     if not recovery.merges and recipe.structured:
         raise LosaError(f"recovery {recipe.recovery!r} does not merge: with --pattern structured use losa or none")
-    sources.check_source(recipe.calibration, "calibrate")
-    if recovery.trains:
+    if recipe.prunes:
+        sources.check_source(recipe.calibration, "calibrate")
+    if recipe.trains:
         sources.check_source(recipe.train_data, "train")
     if recipe.eval_data:
         sources.check_source(recipe.eval_data, "evaluate")
@@ -56,7 +58,7 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         structure.check(blocks)
         rehearse(config, recipe)
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
-    wanted = model.targeted(list(linears), recipe) if recovery.trains else set()
+    wanted = model.targeted(list(linears), recipe) if recipe.trains else set()
     modules = {name for name, _ in whole.named_modules()}
     if not recovery.merges and (inside := sorted(wanted - modules)):
         raise LosaError(
@@ -64,14 +66,14 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
             "model, which holds all experts as one: choose targets without experts, or losa"
         )
     useful = max((min(linears[name].weight.shape) for name in wanted), default=0)
-    if recovery.ranks and recipe.mean_rank_at(recipe.steps) > useful:
+    largest = recipe.mean_rank_at(recipe.steps if recovery.ranks else 0)
+    if (recovery.ranks or recipe.finetune_first) and largest > useful:
         raise LosaError(
-            f"the mean rank would reach {recipe.mean_rank_at(recipe.steps):g}, the widest linear has {useful}"
-            ": lower mean_rank or rank_growth"
+            f"the mean rank would reach {largest:g}, the widest linear has {useful}: lower mean_rank or rank_growth"
         )
     limit = model.longest_text(config)
     model.reading_window(config, recipe.eval_window)
-    for name in ("sequence_length", "train_length"):
+    for name in ("sequence_length", "train_length") if recipe.prunes else ("train_length",):
         if getattr(recipe, name) > limit:
             raise LosaError(f"{name} is {getattr(recipe, name)}: the model reads at most {limit} tokens: lower it")
     return config
@@ -79,15 +81,16 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
 
 def read(recipe: Recipe, tokenizer: Any, config: Any) -> Inputs:
     """All text as tokens, so that too little of it is known before the model loads."""
-    trains = registry.get("recovery", recipe.recovery).trains
-    tokens = data.calibration_tokens(
-        recipe.calibration, tokenizer, recipe.calibration_samples, recipe.sequence_length, recipe.seed
-    )
+    tokens = torch.empty(0, 0, dtype=torch.int64)
+    if recipe.prunes:
+        tokens = data.calibration_tokens(
+            recipe.calibration, tokenizer, recipe.calibration_samples, recipe.sequence_length, recipe.seed
+        )
     examples = (
         data.training_examples(
             recipe.train_data, tokenizer, recipe.train_samples, recipe.train_length, recipe.seed, recipe.loss_on
         )
-        if trains
+        if recipe.trains
         else []
     )
     evaluation = None

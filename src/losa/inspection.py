@@ -12,7 +12,8 @@ from losa.errors import LosaError
 from losa.export import load_masks
 from losa.recipe import Recipe, from_settings
 from losa.recovery import distillation
-from losa.run import FORMAT
+from losa.recovery.low_rank import MaskedLowRank
+from losa.run import FORMAT, read_recipe
 from losa.sparse.linear import layouts_in
 
 
@@ -28,8 +29,9 @@ def inspect(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise LosaError(f"{str(folder)!r} is no folder: inspect looks into a saved model's")
     if (folder / "run" / "recipe.json").is_file() and not (folder / "losa.json").is_file():
+        command = read_recipe(folder)["command"]
         raise LosaError(
-            f"{str(folder)!r} is a run that has not finished: losa compress MODEL --output {folder} --resume goes on"
+            f"{str(folder)!r} is a run that has not finished: losa {command} MODEL --output {folder} --resume goes on"
         )
     made: dict[str, Any] | None = None
     if (folder / "losa.json").is_file():
@@ -59,8 +61,7 @@ def inspect(folder: Path) -> dict[str, Any]:
                 found = {"weights": weight.numel() + gone, "zeros": found["zeros"] + gone, "pruned": gone}
             elif bits and (made is not None or name in bits):
                 mask = masks.unpack(bits[name], weight.shape[1])
-                if bool((weight[~mask] != 0).any()):
-                    raise LosaError(f"{name}: weights that its mask prunes are not zero: {str(folder)!r} was changed")
+                masks.check_held(name, weight, mask, folder)
                 found["pruned"] = int((~mask).sum())
             linears[name.removeprefix(f"{block.name}.")] = found
         counts = {key: sum(linear[key] for linear in linears.values()) for key in ("weights", "zeros")}
@@ -73,13 +74,13 @@ def inspect(folder: Path) -> dict[str, Any]:
     if layouts is not None:
         summary["values"] = config.quantization_config["values"]
     if made:
-        summary |= {key: made[key] for key in ("source", "versions", "recipe", "measurements")}
+        summary |= {key: made[key] for key in ("command", "source", "versions", "recipe", "measurements")}
         summary |= {key: made[key] for key in ("exported",) if key in made}
     return summary
 
 
 def plan(source: str, recipe: Recipe) -> dict[str, Any]:
-    """What `compress` would do, and about what it would take, from the model's configuration alone: bytes, at their peak."""
+    """What a run would do, and about what it would take, from the model's configuration alone: bytes, at their peak."""
     config = model.load_config(source)
     skeleton = model.skeleton(config)
     blocks = model.prunable(skeleton, recipe)
@@ -89,18 +90,21 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     parameters = sum(p.numel() for p in skeleton.parameters())
     weights = sum(block.weights for block in blocks)
     linears = [(name, linear) for block in blocks for name, linear in block.linears.items()]
-    wanted = model.targeted([name for name, _ in linears], recipe) if recovery.trains else set()
+    wanted = model.targeted([name for name, _ in linears], recipe) if recipe.trains else set()
     adapted = [linear for name, linear in linears if name in wanted]
     trained = sum(recovery.parameters((linear.out_features, linear.in_features), recipe) for linear in adapted)
+    if recipe.finetune_first:  # one after the other
+        tuned = MaskedLowRank.parameters
+        trained = max(trained, sum(tuned((linear.out_features, linear.in_features), recipe) for linear in adapted))
     pairs = 4 * trained if recovery.ranks else 0  # bytes of values that are there all the time
     hidden = skeleton.get_input_embeddings().embedding_dim
-    tokens = recipe.calibration_samples * recipe.sequence_length
+    tokens = recipe.calibration_samples * recipe.sequence_length if recipe.prunes else 0
     size, vocabulary = dtype.itemsize, config.get_text_config().vocab_size
-    gradients = registry.get("pruner", recipe.pruner).needs_gradients
+    gradients = recipe.prunes and registry.get("pruner", recipe.pruner).needs_gradients
 
     base = parameters * size * (2 if recipe.needs_dense_copy or recipe.teacher_model else 1) + weights // 8 + pairs
     features = min(recipe.error_tokens or tokens, tokens) * hidden * size * len(blocks)
-    statistics = max(_statistics(block, recipe) for block in blocks)
+    statistics = max(_statistics(block, recipe) for block in blocks) if recipe.prunes else 0
     activations = min(calibration.BATCH_TOKENS, tokens) * 4 * max(linear.out_features for _, linear in linears) * size
     held = len(blocks).bit_length() + 1 if gradients else 1  # sets of hidden states
     logits = recipe.sequence_length * vocabulary * (size + 8) if gradients else 0
@@ -133,17 +137,17 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         "prunable": weights,
         "kept": round(weights * (1 - recipe.sparsity)),
         "linears_adapted": len(adapted),
-        "trained": recovery.trained,
+        "trained": MaskedLowRank.trained if recipe.finetune_first and not recovery.trains else recovery.trained,
         "parameters_trained": trained,
         "merges": recovery.merges,
         "steps": [
             {
                 "step": step,
                 "sparsity": round(recipe.sparsity_at(step), 6),
-                "mean_rank": recipe.mean_rank_at(step) if recovery.ranks else 0,
-                "rows": len(recipe.rows_of(step)) if recovery.trains else 0,
+                "mean_rank": recipe.mean_rank_at(step) if recovery.ranks or step == 0 else 0,
+                "rows": len(recipe.rows_of(step)) if recovery.trains or step == 0 else 0,
             }
-            for step in range(1, recipe.steps + 1)
+            for step in range(0 if recipe.finetune_first else 1, recipe.steps + 1)
         ],
         "memory": base + max(calibrating, training),
         "memory_parts": {"model": base, "calibration": calibrating, "recovery": training},

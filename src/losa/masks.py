@@ -103,6 +103,12 @@ def _table(device: torch.device) -> Tensor:
         return bits.to(torch.bool).view(torch.int64).squeeze(1).to(device)
 
 
+def check_held(name: str, weight: Tensor, mask: Tensor, folder: object) -> None:
+    """Raise LosaError if a weight [out, in] that `mask` prunes is not zero; `folder` has both."""
+    if bool((weight[~mask] != 0).any()):
+        raise LosaError(f"{name}: weights that its mask prunes are not zero: {str(folder)!r} was changed")
+
+
 def sparsity(mask: Tensor) -> float:
     """The share of a keep-mask that is pruned."""
     return 1 - int(mask.sum()) / mask.numel()

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from losa.progress import Progress
 from losa.pruners.base import Pruner
 from losa.pruning import prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings, load
+from losa.recovery.base import Recovery
 from losa.recovery.distillation import check_vocabulary, teacher_of
+from losa.recovery.low_rank import MaskedLowRank
 from losa.recovery.rate import settled
 from losa.recovery.reconstruction import reconstruct, sequences, target_of
 from losa.run import Run
@@ -87,11 +90,33 @@ def compress(
     run/; None saves nothing. resume: go on with the run in `output`.
     Raises LosaError for bad input, before the model loads where it can be known by then.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = load(recipe) if isinstance(recipe, str) else from_settings(recipe)
+    if not recipe.prunes:
+        raise LosaError("compress prunes: give it a Recipe, and a Repair to losa.recover")
+    made = recipe
+
+    def begin(subject: Subject, inputs: Inputs) -> Callable[[Run], Result]:
+        return lambda run: _compress(subject, made, inputs, run)
+
+    return start(source, recipe, output, begin, tokenizer, resume, overwrite, progress)
+
+
+def start(
+    source: Any,
+    recipe: Recipe,
+    output: str | Path | None,
+    begin: Callable[[Subject, Inputs], Callable[[Run], Result]],
+    tokenizer: Any,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Result:
+    """Check everything, load the model, and run what `begin` makes of it. If that raises, nothing has been written or
+    replaced yet. The other arguments are those of `compress`."""
     output = Path(output) if output is not None else None
     source = os.fspath(source) if isinstance(source, os.PathLike) else source
     name = source if isinstance(source, str) else type(source).__name__
-    if not isinstance(recipe, Recipe):
-        recipe = load(recipe) if isinstance(recipe, str) else from_settings(recipe)
     config = check(source, recipe, output, overwrite, resume)
     if output is None and not registry.get("recovery", recipe.recovery).merges:
         raise LosaError(f"recovery {recipe.recovery!r} does not merge: name an output for the pairs it trains")
@@ -114,15 +139,17 @@ def compress(
         inputs = read(recipe, tokenizer, config)
         loaded = model.load(source, recipe) if isinstance(source, str) else source
         subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
+        go = begin(subject, inputs)
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
             run.start(recipe, name, overwrite)
-        return _compress(subject, recipe, inputs, run)
+        return go(run)
     finally:
         run.close()
 
 
 def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Result:
-    recovery = registry.get("recovery", recipe.recovery)()
+    recovery = recipe.build("recovery")
+    first = finetune(subject, recipe, inputs, run) if recipe.finetune_first else None
     dense = remember_dense(subject, recipe, inputs, run)
     subject.dense = copy.deepcopy(subject.model) if recipe.needs_dense_copy else None
     subject.teacher = teacher_of(subject, recipe, inputs, run)
@@ -136,7 +163,7 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         if step > state.done:
             rates = allocate(subject, recipe, step, inputs, dense, state, run)
             errors, unreached = prune(subject, recipe, step, rates, inputs, dense, run)
-            chosen = set_ranks(subject, recipe, step, errors) if recovery.ranks else []
+            chosen = set_ranks(subject, recipe, step, recipe.rank_by, errors) if recovery.ranks else []
             record = {"step": step, "rates": rates, "errors": errors, "ranks": chosen, "unreached": unreached}
             state.history.append(record)
             state.done = step
@@ -147,6 +174,21 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         recovery.recover(subject, examples, rated, step, run)
         tell(run, state.history[-1], recipe, time.monotonic() - began)
 
+    measured = {"perplexity": dense.perplexity}
+    before = {"dense": measured} if first is None else {"dense": first, "finetuned": measured}
+    return finish(subject, recipe, recovery, inputs, before, state, run)
+
+
+def finish(
+    subject: Subject,
+    recipe: Recipe,
+    recovery: Recovery,
+    inputs: Inputs,
+    before: dict[str, Any],
+    state: State,
+    run: Run,
+) -> Result:
+    """Merge, measure, save. `before`: what was measured of the models that this one was made from."""
     if recovery.merges:
         pairs, bits = None, subject.merge()
         found = counted(bits, subject)
@@ -160,7 +202,7 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         pairs, bits = export.take_pairs(subject), subject.merge()
         found = counted(bits, subject)
     subject.narrow()
-    measurements = {"dense": {"perplexity": dense.perplexity}, "sparse": {"perplexity": perplexity, **found}}
+    measurements = {**before, "sparse": {"perplexity": perplexity, **found}}
     path = export.save(subject, recipe, bits, pairs, measurements, state.history, run)
     return Result(subject.model, subject.tokenizer, recipe, measurements, state.history, path)
 
@@ -168,12 +210,38 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
 # ------------------------------------------------------------------------------------------------- the steps' parts
 
 
+def finetune(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> dict[str, Any]:
+    """Fine-tune the dense model by LoRA, merged, on its share of the rows: what is pruned then (paper, appendix C.4).
+
+    The mask keeps everything as yet, so that the masked pairs are a plain LoRA. Returns what was measured before.
+    """
+    seen = fingerprint(subject, inputs)
+    saved = run.load("finetuned")
+    meta = saved.meta if saved else {"seen": seen, "perplexity": measure(subject, recipe, inputs), "history": [{}]}
+    check_same(meta, seen)
+    if saved and saved.tensors:
+        for block in subject.blocks:
+            for name, linear in block.linears.items():
+                linear.weight.data.copy_(saved.tensors[name])
+        return {"perplexity": meta["perplexity"]}
+    run.save("finetuned", {}, meta)
+    recovery, examples = MaskedLowRank(), [inputs.examples[row] for row in recipe.rows_of(0)]
+    subject.wrap(recovery.layer, recipe, recipe.max_rank)
+    set_ranks(subject, recipe, 0, "uniform", [])
+    rated = settled(subject, recovery, examples, recipe, 0, meta["history"], run)
+    recovery.recover(subject, examples, rated, 0, run)
+    subject.merge()
+    subject.blocks = model.prunable(subject.model, recipe)
+    weights = {name: linear.weight for block in subject.blocks for name, linear in block.linears.items()}
+    run.save("finetuned", weights, meta)
+    return {"perplexity": meta["perplexity"]}
+
+
 def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Dense:
     """One pass over the dense model: perplexity, features at a seeded sample of tokens, Gram matrices for the first step."""
     seen = fingerprint(subject, inputs)
     if saved := run.load("dense"):
-        if saved.meta["seen"] != seen:
-            raise LosaError("the model or the data is not what the run was started with: start a new run")
+        check_same(saved.meta, seen)
         return Dense(saved.tensors["features"], saved.tensors["grams"], saved.meta["perplexity"])
     perplexity = measure(subject, recipe, inputs)
     stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
@@ -188,6 +256,12 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
     run.save("dense", {"features": dense.features, "grams": dense.grams}, {"perplexity": perplexity, "seen": seen})
     run.log("dense", perplexity=perplexity)
     return dense
+
+
+def check_same(meta: dict[str, Any], seen: str) -> None:
+    """Raise LosaError if what a run was started with had another fingerprint."""
+    if meta["seen"] != seen:
+        raise LosaError("the model or the data is not what the run was started with: start a new run")
 
 
 def allocate(
@@ -269,17 +343,18 @@ def experts_of(missed: list[str], run: Run) -> list[str]:
     return names
 
 
-def set_ranks(subject: Subject, recipe: Recipe, step: int, errors: list[float]) -> list[int]:
-    """Rank of every block from its error (equation 7), its sparsity, or all alike; the outputs do not move.
+def set_ranks(subject: Subject, recipe: Recipe, step: int, rank_by: str, errors: list[float]) -> list[int]:
+    """Rank of every block by its error (equation 7), its sparsity, or uniform; the outputs do not move.
 
     The mean is that of the blocks with adapters; others have rank 0.
     """
     adapted = [block for block in subject.blocks if any(linear.max_rank for linear in block.masked.values())]
-    weights = {
-        "error": [errors[block.index] for block in adapted],
-        "sparsity": [sparsity_of(block) for block in adapted],
-        "uniform": [1.0] * len(adapted),
-    }[recipe.rank_by]
+    weight: dict[str, Callable[[Block], float]] = {
+        "error": lambda block: errors[block.index],
+        "sparsity": sparsity_of,
+        "uniform": lambda _: 1.0,
+    }
+    weights = [weight[rank_by](block) for block in adapted]
     generator = torch.Generator().manual_seed(recipe.seed * 1000 + step)
     chosen = [0] * len(subject.blocks)
     for block, rank in zip(adapted, ranks.apportion(weights, recipe.mean_rank_at(step), recipe.max_rank), strict=True):
@@ -356,7 +431,8 @@ def tell(run: Run, record: dict[str, Any], recipe: Recipe, seconds: float) -> No
     run.log("step", **record, seconds=round(seconds, 3))
     rates, ranks = record["rates"].values(), record["ranks"]
     line = f"step {record['step']}/{recipe.steps}: sparsity {recipe.sparsity_at(record['step']):.3f}"
-    line += f" ({min(rates):.3f} to {max(rates):.3f}), error {max(record['errors']):.3f} at worst"
+    line += f" ({min(rates):.3f} to {max(rates):.3f})"
+    line += f", error {max(record['errors']):.3f} at worst" if record["errors"] else ""
     line += f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""
     run.say(f"{line}, {seconds:.0f} s")
 

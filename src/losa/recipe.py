@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin
 
 from losa import patterns, registry
 from losa.errors import LosaError
@@ -18,7 +18,10 @@ from losa.patterns import Amount
 if TYPE_CHECKING:
     from losa.model import Block
 
-RECIPES = ("paper", "best", "best-adapters", "demo", "lora", "sparse-lora")
+RECIPES = (
+    *("paper", "best", "best-adapters", "demo", "lora", "sparse-lora", "adalora", "sora", "finetune-then-sparsify"),
+)
+KINDS_WITH_OPTIONS: tuple[Literal["pruner", "allocator", "recovery"], ...] = ("pruner", "allocator", "recovery")
 
 
 def setting(default: Any, doc: str) -> Any:
@@ -57,13 +60,25 @@ class Recipe:
     allocator_options: dict[str, Any] = setting(dict, "settings of the allocator, as JSON")
     rates_per: Literal["block", "linear"] = setting("block", "what has a sparsity of its own")
     schedule: Literal["cubic", "linear"] = setting("cubic", "how sparsity grows over the steps (equations 8, 10)")
-    steps: int = setting(5, "steps of pruning and recovery (T); 1 prunes at once")
+    steps: int = setting(
+        None,
+        "steps of pruning and recovery (T); 1 prunes at once; default 5, or 1 with a recovery that can take one only",
+    )
     mean_rank: float = setting(
         6.0, "mean rank of the adapters at the first step; grows by rank_growth a step (equation 9)"
     )
     rank_growth: float = setting(1.0, "what the mean rank gains at every step after the first")
-    rank_by: Literal["error", "sparsity", "uniform"] = setting("error", "what decides the rank of a block (equation 7)")
+    rank_by: Literal["error", "sparsity", "uniform"] = setting(
+        None,
+        "what decides the rank of a block (equation 7); default error, or uniform where a recovery has one rank for all",
+    )
     recovery: str = setting("losa", "how quality is won back: " + ", ".join(sorted(registry.RECOVERIES)))
+    recovery_options: dict[str, Any] = setting(dict, "settings of the recovery, as JSON")
+    finetune_first: float = setting(
+        0.0,
+        "share of the recovery rows that fine-tune the dense model, by LoRA that is merged, before it is pruned; "
+        "all of them (1) with recovery none (appendix C.4)",
+    )
     targets: str = setting("all", "linears that get adapters: all, qv, qkvo, or a regular expression on their names")
     ignore: list[str] = setting(list, "linears that are not pruned: regular expressions on their names, repeatable")
     calibration: str = setting("c4", "calibration text: c4, wikitext2, demo, a hub name or a local file")
@@ -142,6 +157,12 @@ class Recipe:
             object.__setattr__(self, "micro_batch_size", size)
         if self.pruner is None:
             object.__setattr__(self, "pruner", "wanda-sp" if self.structured else "wanda")
+        _check_type("recovery", self.recovery, str)
+        recovery = registry.get("recovery", self.recovery)
+        if self.steps is None:
+            object.__setattr__(self, "steps", 1 if recovery.once or not recovery.merges else 5)
+        if self.rank_by is None:
+            object.__setattr__(self, "rank_by", recovery.rank_by[0])
         self.validate()
 
     def validate(self) -> None:
@@ -155,7 +176,7 @@ class Recipe:
                 f"sparsity {self.sparsity:g} contradicts pattern {kept}, which keeps {kept.n} of {kept.m}: leave it out"
             )
         self._check_kind_of_pruner()
-        for kind in ("pruner", "allocator"):
+        for kind in KINDS_WITH_OPTIONS:
             cls, options = registry.get(kind, getattr(self, kind)), getattr(self, f"{kind}_options")
             known = [f.name for f in dataclasses.fields(cls)]
             for name in options:
@@ -170,6 +191,7 @@ class Recipe:
                 raise LosaError(f"{kind}_options: {error}") from None
         self._check_what_pruner_reads()
         self._check_format()
+        self._check_recovery()
         positive = "steps calibration_samples sequence_length allocation_samples train_samples train_length batch_size"
         self._check_rate()
         others = ("epochs", "distill_temperature", "teacher_top", "reconstruct_rate")
@@ -181,7 +203,7 @@ class Recipe:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require(self.eval_tokens != 1, "eval_tokens", self.eval_tokens, "at least 2, or 0 for all")
         _require(self.eval_window != 1, "eval_window", self.eval_window, "at least 2, or 0 for the model's")
-        for name in ("warmup", "last_step_share", "distill"):
+        for name in ("warmup", "last_step_share", "distill", "finetune_first"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(
             self.batch_size % self.micro_batch_size == 0,
@@ -189,8 +211,9 @@ class Recipe:
             self.micro_batch_size,
             f"a divisor of batch_size ({self.batch_size})",
         )
-        if self.recovery != "none":
-            _require(self.train_samples >= self.steps, "train_samples", self.train_samples, "at least one row a step")
+        if registry.get("recovery", self.recovery).trains:
+            rows = self.train_samples - len(self.rows_of(0))
+            _require(rows >= self.steps, "train_samples", self.train_samples, "at least one row a step")
         allocator = registry.get("allocator", self.allocator)
         if self.rates_per == "linear" and not allocator.per_linear:
             raise LosaError(f"allocator {self.allocator!r} knows blocks only: set rates_per to block")
@@ -215,9 +238,9 @@ class Recipe:
             if self.learning_rate != "auto":
                 raise LosaError(f"learning_rate is {self.learning_rate!r}: must be a number or auto")
             least = "at least 2: trials are judged by rows held out from them"
-            trained = registry.get("recovery", self.recovery).trains
-            rows = min(len(self.rows_of(step)) for step in (1, self.steps))
-            _require(rows >= 2 or not trained, "train_samples", self.train_samples, f"enough for {least} a step")
+            steps = [1, self.steps] if registry.get("recovery", self.recovery).trains else []
+            rows = [len(self.rows_of(step)) for step in (*steps, *([0] if self.finetune_first else []))]
+            _require(min(rows, default=2) >= 2, "train_samples", self.train_samples, f"enough for {least} a step")
         else:
             _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0, or auto")
 
@@ -273,9 +296,40 @@ class Recipe:
         least = "at least 0.1 with format packed: below that, masks take what zeros give"
         _require(self.sparsity >= 0.1, "sparsity", self.sparsity, least)
 
-    def build(self, kind: Literal["pruner", "allocator"]) -> Any:
-        """The pruner (of single weights, or where the pattern is structured, of heads) or allocator, with its options."""
+    def _check_recovery(self) -> None:
+        """Raise LosaError for settings that contradict the recovery."""
+        recovery = registry.get("recovery", self.recovery)
+        if recovery.once and self.steps > 1:
+            raise LosaError(
+                f"recovery {self.recovery!r} sets mask and ranks once, so that only one step is possible: set steps to 1"
+            )
+        if self.rank_by not in recovery.rank_by:
+            raise LosaError(f"rank_by {self.rank_by}: recovery {self.recovery!r} knows {' or '.join(recovery.rank_by)}")
+        share = self.finetune_first
+        if recovery.trains and share == 1:
+            raise LosaError(
+                f"finetune_first is {share:g}: no rows are left for recovery {self.recovery!r}: lower it, or set recovery to none"
+            )
+        if recovery.trains or not share:
+            return
+        if 0 < share < 1:
+            raise LosaError(
+                f"finetune_first is {share:g}: recovery {self.recovery!r} reads no rows, so set it to 1 or 0"
+            )
+        if self.distill:
+            raise LosaError(
+                "distill: the dense model is fine-tuned by next tokens only, and nothing is after it: set it to 0"
+            )
+
+    def build(self, kind: Literal["pruner", "allocator", "recovery"]) -> Any:
+        """The pruner (of single weights, or where the pattern is structured, of heads), allocator or recovery, with its
+        options."""
         return registry.get(kind, getattr(self, kind))(**getattr(self, f"{kind}_options"))
+
+    @property
+    def trains(self) -> bool:
+        """Whether the recovery rows are read."""
+        return self.finetune_first > 0 or bool(registry.get("recovery", self.recovery).trains)
 
     @property
     def structured(self) -> bool:
@@ -302,8 +356,8 @@ class Recipe:
         return self.sparsity * (1 - (1 - t) ** 3 if self.schedule == "cubic" else t)
 
     def mean_rank_at(self, step: int) -> float:
-        """Mean rank of step 1..T (equation 9)."""
-        return self.mean_rank + self.rank_growth * (step - 1)
+        """Mean rank of step 1..T (equation 9); that of step 0, fine-tuning the dense model, is the first's."""
+        return self.mean_rank + self.rank_growth * max(0, step - 1)
 
     @property
     def max_rank(self) -> int:
@@ -313,11 +367,15 @@ class Recipe:
     def rows_of(self, step: int) -> range:
         """The recovery rows of step 1..T: the last takes its share, the others divide the rest; every row once.
 
-        None is left without, unless the share is 0 or 1."""
-        early = 0 if self.steps == 1 else round(self.train_samples * (1 - self.last_step_share))
+        None is left without, unless the share is 0 or 1. Step 0 is the fine-tuning of the dense model, if there is one."""
+        first = math.ceil(self.train_samples * self.finetune_first)
+        if step == 0:
+            return range(first)
+        rows = self.train_samples - first
+        early = 0 if self.steps == 1 else round(rows * (1 - self.last_step_share))
         if self.steps > 1 and 0 < self.last_step_share < 1:  # at least one row a step
-            early = min(max(early, self.steps - 1), self.train_samples - 1)
-        bounds = [early * s // max(1, self.steps - 1) for s in range(self.steps)] + [self.train_samples]
+            early = min(max(early, self.steps - 1), rows - 1)
+        bounds = [first + early * s // max(1, self.steps - 1) for s in range(self.steps)] + [self.train_samples]
         return range(bounds[step - 1], bounds[step])
 
     @property
@@ -340,6 +398,18 @@ class Recipe:
             object.__setattr__(made, name, value)
         return made
 
+    prunes: ClassVar[bool] = True  # or takes the masks as they are (losa.repair_recipe)
+
+    @property
+    def command(self) -> str:
+        """What on the command line runs it."""
+        return "compress" if self.prunes else "recover"
+
+    @classmethod
+    def part_of(cls, shipped: dict[str, Any]) -> dict[str, Any]:
+        """What counts of the settings of a recipe that comes with losa."""
+        return shipped
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -351,12 +421,16 @@ TARGETS = {
 }
 
 
-def load(names: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
+def load(names: str | None, overrides: dict[str, Any] | None = None, kind: type[Recipe] = Recipe) -> Recipe:
     """The recipe of that name or JSON file, or of several with commas between them, each on top of those before it
-    (demo,best: the demo's data, the best method); None: the defaults. `overrides` go on top. Raises LosaError."""
+    (demo,best: the demo's data, the best method); None: the defaults. `overrides` go on top. Raises LosaError.
+
+    kind: what is made of them; a Repair takes of recipes that come with losa the part that is not about pruning.
+    """
     settings: dict[str, Any] = {}
     for name in [names] if names is None or Path(names).is_file() else names.split(","):
-        settings |= {} if name is None else _settings_of(name)
+        found = {} if name is None else _settings_of(name)
+        settings |= kind.part_of(found) if name in RECIPES else found
     overrides = overrides or {}
     if "pattern" in overrides and "sparsity" not in overrides:
         said = isinstance(overrides["pattern"], str) and patterns.parse(overrides["pattern"]).sparsity
@@ -366,7 +440,7 @@ def load(names: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
             registry.PRUNERS if structured else registry.STRUCTURED
         ):
             settings = {key: value for key, value in settings.items() if key not in ("pruner", "pruner_options")}
-    return from_settings(settings | overrides)
+    return from_settings(settings | overrides, kind)
 
 
 def _settings_of(name_or_path: str) -> dict[str, Any]:
@@ -389,13 +463,13 @@ def _settings_of(name_or_path: str) -> dict[str, Any]:
     return settings
 
 
-def from_settings(settings: dict[str, Any]) -> Recipe:
+def from_settings(settings: dict[str, Any], kind: type[Recipe] = Recipe) -> Recipe:
     """A recipe from a plain dict. Unknown names raise LosaError with the nearest valid one."""
     known = {f.name: f for f in dataclasses.fields(Recipe)}
     for name in settings:
         if name not in known:
             raise registry.unknown("setting", name, known)
-    return Recipe(**settings)
+    return kind(**settings)
 
 
 def _widened(value: Any, kind: Any) -> Any:

@@ -26,7 +26,10 @@ ALLOCATORS = {
 }
 RECOVERIES = {
     "losa": "losa.recovery.low_rank:MaskedLowRank",
+    "sparse-lora": "losa.recovery.low_rank:SparseLoRA",
+    "sora": "losa.recovery.sora:SoRA",
     "lora": "losa.recovery.low_rank:LowRankApart",
+    "adalora": "losa.recovery.adalora:AdaLoRA",
     "full": "losa.recovery.full:KeptWeights",
     "none": "losa.recovery.none:NoRecovery",
 }

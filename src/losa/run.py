@@ -3,7 +3,9 @@
 DIR/run/recipe.json    what was asked, of which model, with which versions
 DIR/run/log.jsonl      one line an event
 DIR/run/files.json     what of DIR/* is losa's
+DIR/run/finetuned.*    the dense model's linears, if it is fine-tuned first
 DIR/run/dense.*        measurements of the dense model: features, Gram matrices, perplexity
+DIR/run/before.*       measurements of a model that was pruned already, where that is recovered
 DIR/run/pruned.*       weights, masks and pairs after the latest pruning, and the history so far
 DIR/run/teacher-*.*    what the dense model says of the recovery rows
 DIR/run/rate.*         the learning rate, if it was searched for
@@ -33,6 +35,7 @@ from losa.recipe import Recipe
 T = TypeVar("T")
 VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "datasets")
 CLAIMED = "files.json"
+STATES = ("finetuned", "dense", "before", "pruned", "rate", "recovery")
 FORMAT = 1  # of the run directory; a reader refuses others
 
 
@@ -82,7 +85,7 @@ class Run:
     def _check_same(self, asked: dict[str, Any]) -> None:
         assert self.output is not None
         kept = read_recipe(self.output)
-        for name in ("source", "versions"):
+        for name in ("command", "source", "versions"):
             if kept[name] != asked[name]:
                 raise LosaError(
                     f"{self.output} was started with {name} {kept[name]}, not {asked[name]}: start a new run"
@@ -147,7 +150,7 @@ class Run:
         if self.output is None:
             return
         teachers = [path.stem for path in self.folder.glob("teacher-*.safetensors")]
-        for name in ("dense", "pruned", "rate", "recovery", *teachers):
+        for name in (*STATES, *teachers):
             self.path(name).unlink(missing_ok=True)
 
     def claim(self, names: list[str]) -> None:
@@ -209,13 +212,19 @@ def read_recipe(output: Path) -> dict[str, Any]:
         kept = json.loads(path.read_text())
         if kept["format"] != FORMAT:
             raise LosaError(f"{path} is of format {kept['format']}, this losa reads {FORMAT}: start a new run")
-        return {name: kept[name] for name in ("source", "recipe", "versions")}
+        return {name: kept[name] for name in ("command", "source", "recipe", "versions")}
     except (ValueError, KeyError, TypeError):
         raise LosaError(f"{path} is damaged: start a new run in another folder, or with --overwrite") from None
 
 
 def _asked(recipe: Recipe, source: str) -> dict[str, Any]:
-    return {"format": FORMAT, "source": source, "recipe": recipe.to_json(), "versions": versions()}
+    return {
+        "format": FORMAT,
+        "command": recipe.command,
+        "source": source,
+        "recipe": recipe.to_json(),
+        "versions": versions(),
+    }
 
 
 def _hardly_begun(output: Path) -> bool:

@@ -1,6 +1,7 @@
 """What every recovery method is and does."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from losa.adapters import MaskedLinear
@@ -12,15 +13,20 @@ if TYPE_CHECKING:
     from losa.run import Run
 
 
+@dataclass
 class Recovery(ABC):
     """Wins back what pruning lost. `merges`: whether what it trains goes into the sparse weights exactly; a method that
     does not can run once only. `layer`: what takes the place of a prunable linear. `trains`: whether it needs data.
-    `ranks`: whether that is low-rank pairs, whose ranks are set at each step. `trained`: what it trains, in words."""
+    `ranks`: whether that is low-rank pairs, whose ranks are set at each step. `trained`: what it trains, in words.
+    `rank_by`: what may decide the ranks, its default first. `once`: its mask and ranks are set once, in a single step.
+    Subclasses are dataclasses whose fields are their options; __post_init__ raises LosaError."""
 
     merges: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     ranks: ClassVar[bool] = True
     trained: ClassVar[str]
+    rank_by: ClassVar[tuple[str, ...]] = ("error", "sparsity", "uniform")
+    once: ClassVar[bool] = False
     layer: ClassVar[type[MaskedLinear]] = MaskedLinear
 
     @classmethod

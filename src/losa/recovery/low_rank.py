@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from losa.adapters import LowRankLinear
 from losa.model import Subject
 from losa.recipe import Recipe
@@ -25,14 +27,25 @@ class MaskedLowRank(Recovery):
 
     def recover(self, subject: Subject, examples: list["Example"], recipe: Recipe, step: int, run: "Run") -> None:
         """Train the pairs of all linears that have one."""
-        parameters = {
-            f"{name}.{pair}": getattr(linear, pair)
+        train(subject, self.pairs(subject), examples, recipe, step, run)
+
+    @staticmethod
+    def pairs(subject: Subject) -> dict[str, nn.Parameter]:
+        """The parameters of all pairs in use, by name."""
+        return {
+            f"{name}.{part}": getattr(linear, part)
             for block in subject.blocks
             for name, linear in block.masked.items()
             if linear.rank
-            for pair in ("lora_A", "lora_B")
+            for part in linear.pair_names
         }
-        train(subject, parameters, examples, recipe, step, run)
+
+
+class SparseLoRA(MaskedLowRank):
+    """One mask and one rank for all, trained under the mask: LoSA with its three strategies off (paper, table 14)."""
+
+    once = True
+    rank_by = ("uniform",)
 
 
 class LowRankApart(MaskedLowRank):

@@ -34,14 +34,15 @@ def settled(
 ) -> Recipe:
     """`recipe` with a number for its learning rate, searched for if it says auto; the step's record is told.
 
-    The first step searches, and so does the last, which has most rows and all of the sparsity; those between take the first's.
+    The first step searches, and so do the last, which has most rows and all of the sparsity, and step 0, the fine-tuning of
+    the dense model; those between take the first's.
     """
     if recipe.learning_rate != "auto" or not examples:
         return recipe
     saved = run.load("rate")
     if saved and saved.meta["step"] == step:
         rate = saved.meta["rate"]
-    elif step in (1, recipe.steps):
+    elif step in (0, 1, recipe.steps):
         rate = choose_rate(subject, recovery, examples, recipe, step, run)
         run.save("rate", {}, {"step": step, "rate": rate})
     else:
