@@ -111,6 +111,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(text: Path) -> dict[str, Any]:
+    return two_steps(text)
+
+
+def two_steps(text: Path) -> dict[str, Any]:
     """A run of two steps that takes about a second."""
     return dict(
         sparsity=0.5,

@@ -17,7 +17,7 @@ from torch import Tensor
 from losa import registry
 from losa.errors import LosaError
 from losa.sparse import cpu, kernels, native
-from losa.sparse.packed import DTYPES, GROUP, PAD, Packed, pack, unpack
+from losa.sparse.packed import DTYPES, GROUP, Packed, pack, unpack
 
 CPU = torch.device("cpu")
 TYPES = (torch.float32, torch.bfloat16)

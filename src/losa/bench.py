@@ -94,8 +94,12 @@ def kernel(
         quartiles = _quartiles(times[who], times["losa"])
         found[f"speedup_over_{key}"], found[f"speedup_over_{key}_quartiles"] = quartiles[1], quartiles[::2]
     found["best_dense"] = best
-    found["bound"] = round(opponents[best].bytes / opponents["losa"].bytes, 3)  # of the speedup, were both read at one speed
-    shares = [share / opponents["read"].bytes * opponents["losa"].bytes for share in _ratios(times["read"], times["losa"])]
+    found["bound"] = round(
+        opponents[best].bytes / opponents["losa"].bytes, 3
+    )  # of the speedup, were both read at one speed
+    shares = [
+        share / opponents["read"].bytes * opponents["losa"].bytes for share in _ratios(times["read"], times["losa"])
+    ]
     found["share_of_read_bandwidth"] = round(statistics.median(shares), 3)
     return found
 

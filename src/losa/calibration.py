@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from losa import distributed
 from losa.errors import LosaError
 from losa.model import Block
 
@@ -25,7 +26,7 @@ class _Captured(Exception):
 class Stream:
     """The hidden states of `tokens` (int64 [samples, length]) in front of the next block, in batches.
 
-    `device` is where blocks compute: a block whose weights live elsewhere visits it and goes back. `sequences`: how
+    Of several processes each holds its share of the sequences, `tokens` then; `samples` are all of them. `device` is where blocks compute: a block whose weights live elsewhere visits it and goes back. `sequences`: how
     many make a batch; None: as many as have BATCH_TOKENS.
     """
 
@@ -39,13 +40,14 @@ class Stream:
     ) -> None:
         self.device = device
         self.samples, self.length = tokens.shape
+        self.tokens = tokens[slice_of(distributed.share(self.samples))]
         self.hiddens: list[Tensor] = []
         self.unpacked = False  # whether the model takes the first of what a block returns; known once one has run
         # a block's keyword arguments (mask, rotary embeddings) differ between blocks and batch sizes, not between batches
         self._arguments: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         home = next(model.parameters()).device
         with torch.no_grad(), replaced(blocks, self._recorder(blocks)):
-            for batch in tokens.split(sequences or max(1, BATCH_TOKENS // self.length)):
+            for batch in self.tokens.split(sequences or max(1, BATCH_TOKENS // self.length)):
                 try:
                     model(input_ids=batch.to(home), use_cache=False)
                 except _Captured:
@@ -161,7 +163,10 @@ class Stream:
         return groups
 
     def sample(self, positions: Tensor | None) -> Tensor:
-        """The features at `positions` (int64, counted over all tokens; None: all) in front of the next block, [n, hidden]."""
+        """The features at `positions` (int64, rising, counted over all tokens; None: all) in front of the next block.
+
+        [n, hidden]: those of this process's sequences.
+        """
         return self._at(positions, self.hiddens)
 
     def sample_of(self, block: Block, positions: Tensor | None) -> Tensor:
@@ -171,6 +176,8 @@ class Stream:
     def _at(self, positions: Tensor | None, batches: Iterable[Tensor]) -> Tensor:
         if positions is None:
             return torch.cat([hidden.flatten(0, 1) for hidden in batches])
+        positions = positions[own_rows(positions, self.samples, self.length)]
+        positions = positions - distributed.share(self.samples).start * self.length
         per_batch = len(self.hiddens[0]) * self.length
         return torch.cat(
             [
@@ -180,15 +187,36 @@ class Stream:
         )
 
     def gram(self, samples: int) -> Tensor:
-        """The centred Gram matrix [n, n] float64 of the first `samples` sequences' features, each sequence one vector (equation 6)."""
+        """The centred Gram matrix [n, n] float64 of the first `samples` sequences' features, each sequence one vector (equation 6).
+
+        It pairs sequences of different processes: each is sent some of the features of all (equations.md, decision 8).
+        """
         total = torch.zeros(samples, samples, dtype=torch.float64)
-        step = max(1, BATCH_TOKENS // samples)
-        for start in range(0, self.length, step):
-            parts = [hidden[:, start : start + step].flatten(1) for hidden in self.hiddens]
-            features = torch.cat(parts)[:samples].float()
+        step, processes = max(1, BATCH_TOKENS // samples), distributed.world()
+        own = len([i for i in distributed.share(self.samples) if i < samples])
+        for start in range(0, self.length, step * processes):
+            pieces = []
+            for at in range(start, start + step * processes, step):
+                parts = [hidden[:, at : at + step].flatten(1) for hidden in self.hiddens]
+                pieces.append(torch.cat(parts)[:own])
+            features = distributed.exchange(pieces).float()
             features -= features.mean(dim=0)
             total += (features @ features.T).double().cpu()
+        distributed.sum_([total])
         return total
+
+
+def own_rows(positions: Tensor | None, samples: int, length: int) -> slice:
+    """Which of `positions` (rising, among all tokens of `samples` sequences; None: all) are in this process's sequences."""
+    own = distributed.share(samples)
+    bounds = torch.tensor([own.start, own.stop]) * length
+    if positions is not None:
+        bounds = torch.searchsorted(positions, bounds)
+    return slice(*bounds.tolist())
+
+
+def slice_of(part: range) -> slice:
+    return slice(part.start, part.stop)
 
 
 def unreached(block: Block, names: list[str], ran: set[str]) -> list[str]:

@@ -3,33 +3,45 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from losa import recipe, registry, repair_recipe
+from losa import distributed, recipe, registry, repair_recipe
 from losa.errors import LosaError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it worked, 2 for what the user can mend, 130 if interrupted."""
+    """Run a command; 0 if it worked, 2 for what the user can mend, 130 if interrupted.
+
+    Of several processes that torchrun started, rank 0 prints, and one says what went wrong.
+    """
     try:
+        if distributed.launched() > 1:
+            distributed.say_when_ended()
+            if not distributed.leads():
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
         parser = build_parser()
         args, unknown = parser.parse_known_args(arguments)
         if unknown:
             flags = [flag for action in args.parser._actions for flag in action.option_strings]
             raise registry.unknown("argument", unknown[0].partition("=")[0], flags)
+        if distributed.launched() > 1 and args.command is not _compress:
+            raise LosaError(f"{args.parser.prog} runs in one process: torchrun is for losa compress")
         summary = args.command(args)
         if args.json:
             print(json.dumps(summary))
         return 0
     except LosaError as error:
-        print(f"losa: {' '.join(str(error).split())}", file=sys.stderr)
+        if distributed.first_to_say():
+            print(f"losa: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("losa: interrupted; the same command with --resume goes on with a run", file=sys.stderr)
+        if distributed.first_to_say():
+            print("losa: interrupted; the same command with --resume goes on with a run", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -256,9 +268,10 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
         print(f"{len(dense)} linears have no mask and stay dense: {', '.join(dense)}")
     names = ("step", "sparsity", "mean_rank", "rows")
     print_table([names, *(tuple(str(step[name]) for name in names) for step in planned["steps"])])
+    each = f" of each of {planned['processes']} processes" if planned["processes"] > 1 else ""
     print(
-        f"memory at its peak, about {size(planned['memory'])}; disk, about {size(planned['disk'])}; the {settings.format} "
-        f"model, about {size(planned['saved'])}"
+        f"memory{each} at its peak, about {size(planned['memory'])}; disk, about {size(planned['disk'])}; the "
+        f"{settings.format} model, about {size(planned['saved'])}"
     )
 
 

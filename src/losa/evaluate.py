@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losa import compare, data, model, sources
+from losa import compare, data, distributed, model, sources
 from losa.errors import LosaError
 from losa.recipe import Recipe
 from losa.tasks import harness
@@ -48,15 +48,20 @@ def perplexity(model: Any, tokens: Tensor, window: int, stride: int = 0) -> floa
 
 
 def _loss(model: Any, windows: Tensor, counted: int) -> float:
-    """Sum of the losses of the last `counted` tokens of each window; windows int64 [windows, tokens]."""
+    """Sum of the losses of the last `counted` tokens of each window; windows int64 [windows, tokens].
+
+    Several processes share the batches.
+    """
     device = next(model.parameters()).device
-    total = 0.0
-    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
-        ids = batch.to(device)
+    batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+    total = torch.zeros(1, dtype=torch.float64)
+    for index, counts in distributed.turns(len(batches)):
+        ids = batches[index].to(device)
         logits = model(input_ids=ids, use_cache=False).logits[:, -counted - 1 : -1]
         losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, -counted:].flatten(), reduction="none")
-        total += losses.double().sum().item()
-    return total
+        total += losses.double().sum().item() if counts else 0.0
+    distributed.sum_([total])
+    return total.item()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from losa.calibration import Stream
 from losa.model import Block, Subject, choose_device
 from losa.pruners.base import Pruner
 from losa.pruners.wanda import SquaredInputs
-from losa.pruning import observe, prune_linear, reconstruction_error, sampled_positions
+from losa.pruning import observe, of_all, prune_linear, reconstruction_error, sampled_positions
 from losa.recipe import Recipe
 from losa.run import Run
 
@@ -71,8 +71,12 @@ def _digests(block: Block, units: list[Unit], allocator: Allocator, stream: Stre
 
     The stream moves on behind the block, so that the scores cost no pass of their own.
     """
-    inputs = {name: SquaredInputs(linear.in_features, stream.device) for name, linear in block.linears.items()}
-    stream.observe(block, inputs, advance=True)
+
+    def fresh(name: str) -> SquaredInputs:
+        return SquaredInputs(block.linears[name].in_features, stream.device)
+
+    inputs = {name: fresh(name) for name in block.linears}
+    inputs, _ = of_all(inputs, stream.observe(block, inputs, advance=True), fresh)
     digests = []
     for unit in units:
         scores = []

@@ -35,7 +35,7 @@ class Backward:
         self._kept = [(0, self.stream.hiddens)]  # (block, the hidden states in front of it), rising
         self._behind = self._before(len(blocks))
         self._kept.pop()
-        for i, ids in enumerate(tokens.split(1)):
+        for i, ids in enumerate(self.stream.tokens.split(1)):
             self._behind[i] = self._of_loss(model, self._behind[i], ids)
 
     def _of_loss(self, model: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -61,13 +61,17 @@ class Backward:
         self.stream.hiddens = self._kept[-1][1]
         return self.stream.hiddens
 
+    def fresh(self, block: Block, pruner: Pruner) -> Callable[[str], Statistic]:
+        """Makes an empty statistic of a linear of `block`, by name."""
+        return lambda name: pruner.gradient_statistic(block.linears[name].weight.shape, self.stream.device)
+
     def gather(self, block: Block, pruner: Pruner) -> tuple[dict[str, Statistic], list[str]]:
         """The pruner's statistic of each linear of `block`, by name; blocks come once each, from the last to the first.
 
-        And the names of experts that no token reached: theirs is the statistic of gradients that are all zero.
+        Those of this process's sequences. And the names of experts that no token reached: theirs is the statistic of gradients that are all zero.
         """
         device = self.stream.device
-        statistics = {name: pruner.gradient_statistic(m.weight.shape, device) for name, m in block.linears.items()}
+        statistics = {name: self.fresh(block, pruner)(name) for name in block.linears}
         calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in block.linears}
         reached: set[str] = set()
 

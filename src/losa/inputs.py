@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losa import data, model, registry, sources, structure
+from losa import data, distributed, model, registry, sources, structure
 from losa.errors import LosaError
 from losa.model import Subject
 from losa.recipe import Recipe
+from losa.recovery import footprint
 from losa.run import check_output
 from losa.shrink import rehearse
 from losa.sparse.linear import layouts_in
@@ -42,6 +43,9 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     if recipe.eval_data:
         sources.check_source(recipe.eval_data, "evaluate")
     model.choose_device(recipe.device)
+    _check_processes(recipe, resume)
+    if recovery.trains:
+        footprint.check(recipe)
     if output and not resume:
         check_output(output, overwrite)
     if output and isinstance(source, str) and output.resolve() == Path(source).expanduser().resolve():
@@ -79,6 +83,28 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     return config
 
 
+def _check_processes(recipe: Recipe, resume: bool) -> None:
+    """Raise LosaError for what so many processes cannot share."""
+    processes, recovery = distributed.launched(), registry.get("recovery", recipe.recovery)
+    if (fewest := allocation_samples(recipe)) < processes:
+        raise LosaError(
+            f"{fewest} calibration sequences do not divide over {processes} processes: raise calibration_samples and "
+            "allocation_samples, or start fewer"
+        )
+    if recipe.reconstruct and processes > 1:
+        raise LosaError(
+            "reconstruct leads one block at a time in one process: set it to 0, or start losa without torchrun"
+        )
+    if recipe.shard == "none":
+        return
+    if processes == 1 and not resume:  # what several have begun one may end
+        raise LosaError("shard blocks spreads a model over processes: torchrun --nproc-per-node N -m losa starts them")
+    if recovery.trains and (recipe.distill or not recovery.ranks):
+        raise LosaError(
+            "shard blocks keeps whole in every process what is trained or teaches: it is for low-rank pairs without distill"
+        )
+
+
 def read(recipe: Recipe, tokenizer: Any, config: Any) -> Inputs:
     """All text as tokens, so that too little of it is known before the model loads."""
     tokens = torch.empty(0, 0, dtype=torch.int64)
@@ -100,16 +126,24 @@ def read(recipe: Recipe, tokenizer: Any, config: Any) -> Inputs:
     return Inputs(tokens, examples, evaluation)
 
 
-def fingerprint(subject: Subject, inputs: Inputs) -> str:
-    """Of all tokens and of some of every weight, so that a run is not resumed with others."""
-    found = hashlib.sha256()
-    tokens = [inputs.calibration, *(part for example in inputs.examples for part in example)]
-    for tensor in [*tokens, *([] if inputs.evaluation is None else [inputs.evaluation])]:
-        found.update(f"{list(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    for name, weight in subject.model.named_parameters():
-        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)].float().cpu()
-        found.update(f"{name} {list(weight.shape)}".encode() + some.numpy().tobytes())
-    return found.hexdigest()
+def fingerprint(subject: Subject, inputs: Inputs) -> dict[str, str]:
+    """Of all tokens and of some of every weight, so that no run is resumed, and no other process joined, with others."""
+    parts: dict[str, list[tuple[str, Tensor]]] = {
+        "the calibration text": [("", inputs.calibration)],
+        "the training text": [("", tensor) for example in inputs.examples for tensor in example],
+        "the evaluation text": [("", tensor) for tensor in [inputs.evaluation] if tensor is not None],
+        "the model": [
+            (f"{name} {list(weight.shape)}", weight.detach().flatten()[:: max(1, weight.numel() // 1000)].float().cpu())
+            for name, weight in subject.model.named_parameters()
+        ],
+    }
+    found = {}
+    for what, tensors in parts.items():
+        digest = hashlib.sha256()
+        for name, tensor in tensors:
+            digest.update(f"{name} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        found[what] = digest.hexdigest()
+    return found
 
 
 def allocation_samples(recipe: Recipe) -> int:

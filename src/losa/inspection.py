@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from losa import calibration, experts, masks, model, registry
+from losa import calibration, distributed, experts, masks, model, registry
 from losa.checkpoint import Checkpoint, weight_bytes
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.recipe import Recipe, from_settings
-from losa.recovery import distillation
+from losa.recovery import distillation, footprint
 from losa.recovery.low_rank import MaskedLowRank
 from losa.run import FORMAT, read_recipe
 from losa.sparse.linear import layouts_in
@@ -80,7 +80,10 @@ def inspect(folder: Path) -> dict[str, Any]:
 
 
 def plan(source: str, recipe: Recipe) -> dict[str, Any]:
-    """What a run would do, and about what it would take, from the model's configuration alone: bytes, at their peak."""
+    """What a run would do, and about what it would take, from the model's configuration alone: bytes, at their peak.
+
+    `memory` is that of one process, where it computes; `processes` are those that torchrun started.
+    """
     config = model.load_config(source)
     skeleton = model.skeleton(config)
     blocks = model.prunable(skeleton, recipe)
@@ -98,12 +101,19 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         trained = max(trained, sum(tuned((linear.out_features, linear.in_features), recipe) for linear in adapted))
     pairs = 4 * trained if recovery.ranks else 0  # bytes of values that are there all the time
     hidden = skeleton.get_input_embeddings().embedding_dim
-    tokens = recipe.calibration_samples * recipe.sequence_length if recipe.prunes else 0
+    processes = distributed.launched()
+    tokens = -(-recipe.calibration_samples // processes) * recipe.sequence_length if recipe.prunes else 0
     size, vocabulary = dtype.itemsize, config.get_text_config().vocab_size
     gradients = recipe.prunes and registry.get("pruner", recipe.pruner).needs_gradients
 
-    base = parameters * size * (2 if recipe.needs_dense_copy or recipe.teacher_model else 1) + weights // 8 + pairs
-    features = min(recipe.error_tokens or tokens, tokens) * hidden * size * len(blocks)
+    base = parameters * size + weights // 8
+    if (
+        recipe.shard == "blocks" and processes > 1
+    ):  # a slice of all, and two blocks whole; the model itself is on the CPU
+        whole = 2 * max(sum(p.numel() for p in block.module.parameters()) for block in blocks) * size
+        base = base // processes + whole + (base if device.type == "cpu" else 0)
+    base += pairs + (parameters * size if recipe.needs_dense_copy or recipe.teacher_model else 0)
+    features = min(recipe.error_tokens or tokens * processes, tokens * processes) * hidden * size * len(blocks)
     statistics = max(_statistics(block, recipe) for block in blocks) if recipe.prunes else 0
     activations = min(calibration.BATCH_TOKENS, tokens) * 4 * max(linear.out_features for _, linear in linears) * size
     held = len(blocks).bit_length() + 1 if gradients else 1  # sets of hidden states
@@ -112,10 +122,16 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     if recipe.reconstruct:  # the dense stream, and one block's values, gradients, moments and activations
         widest = max(block.weights for block in blocks)
         calibrating += tokens * hidden * size + round(16 * widest * (1 - recipe.sparsity_at(1))) + 4 * activations
-    rows = recipe.micro_batch_size * recipe.train_length
-    seen = sum((x.in_features + 2 * x.out_features) * experts.share_of_tokens(skeleton, name) for name, x in linears)
-    saved = round(seen * rows) * size
-    training = 16 * trained - pairs + saved + rows * vocabulary * (size + 8) if adapted else 0
+    seen = [
+        sum(
+            (x.in_features + 2 * x.out_features) * experts.share_of_tokens(skeleton, n)
+            for n, x in block.linears.items()
+        )
+        for block in blocks
+    ]
+    rows = footprint.rows_at_once(recipe) * recipe.train_length
+    training = footprint.estimate(recipe, trained, seen, hidden, size) - pairs if adapted else 0
+    training += rows * vocabulary * (size + 8) if adapted else 0
     kept = 0  # bytes of a cached teacher's predictions, on disk
     if adapted and recipe.distill:
         live = recipe.teacher == "live"  # which is one more model, and its logarithms in fp32
@@ -149,6 +165,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
             }
             for step in range(0 if recipe.finetune_first else 1, recipe.steps + 1)
         ],
+        "processes": processes,
         "memory": base + max(calibrating, training),
         "memory_parts": {"model": base, "calibration": calibrating, "recovery": training},
         # each state is replaced by a whole new one beside it

@@ -1,6 +1,7 @@
 """Load a causal language model; find its decoder blocks and their prunable linears by structure, not by class name."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from losa import checkpoint, data, experts
+from losa import checkpoint, data, distributed, experts
 from losa.errors import LosaError
 from losa.loading import STRUCTURED
 from losa.recipe import TARGETS, Recipe
@@ -209,7 +210,12 @@ def _refuse_others(prefix: str, block: nn.Module, linears: dict[str, nn.Linear],
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a recipe names; auto is the first accelerator, else the CPU. Raises LosaError if it is not there."""
+    """The device a recipe names; auto is the first accelerator, else the CPU. Raises LosaError if it is not there.
+
+    Of several processes on one machine each takes the accelerator of its number.
+    """
+    if distributed.launched() > 1:
+        name = _of_process(name)
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
@@ -219,6 +225,22 @@ def choose_device(name: str) -> torch.device:
     if device.type != "cpu" and not torch.accelerator.is_available():
         raise LosaError(f"device {name!r} is not there: torch sees no accelerator; use cpu")
     return device
+
+
+def _of_process(name: str) -> str:
+    """The device of this process, where others take theirs. Raises LosaError where they would have to share one."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = found.type if found else "cpu"
+    if name in ("cpu", "mps"):
+        return name
+    if ":" in name:
+        kind = name.partition(":")[0]
+        raise LosaError(f"device {name!r} cannot be that of {distributed.launched()} processes: use {kind}, one each")
+    place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    if place >= count:
+        raise LosaError(f"process {place} of this machine has no device: torch sees {count}: start as many processes")
+    return f"{name}:{place}"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -298,7 +320,7 @@ def load_tokenizer(source: str, config: Any) -> Any:
 
 
 def load(source: str, recipe: Recipe) -> Any:
-    """The model in the recipe's type, on its device. safetensors only, no remote code.
+    """The model in the recipe's type, on its device (the CPU if it will be sharded). safetensors only, no remote code.
 
     Raises LosaError for a folder or hub name without a usable model, and for weights that are missing or not a number.
     """
@@ -316,7 +338,8 @@ def load(source: str, recipe: Recipe) -> Any:
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise LosaError(f"the weights of {source!r} are incomplete: {len(missing)} are missing, such as {missing[0]}")
-    return model.to(device)
+    # a model that is sharded over devices, a block at a time, need not fit one
+    return model if recipe.shard == "blocks" and distributed.world() > 1 else model.to(device)
 
 
 @contextmanager

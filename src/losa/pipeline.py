@@ -1,6 +1,7 @@
 """The whole algorithm: for each step, rates -> masks -> errors -> ranks -> recovery; then merge and save (paper, section 2.4)."""
 
 import copy
+import hashlib
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from torch import Tensor
 from losa import (
     calibration,
     data,
+    distributed,
     evaluate,
     evidence,
     export,
@@ -23,6 +25,7 @@ from losa import (
     model,
     ranks,
     registry,
+    sharding,
     structure,
 )
 from losa.allocators.base import Evidence
@@ -31,14 +34,14 @@ from losa.inputs import Inputs, allocation_samples, check, fingerprint, read
 from losa.model import Block, Subject
 from losa.progress import Progress
 from losa.pruners.base import Pruner
-from losa.pruning import prune_block, reconstruction_error, sampled_positions
+from losa.pruning import of_all, prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings, load
 from losa.recovery.base import Recovery
 from losa.recovery.distillation import check_vocabulary, teacher_of
 from losa.recovery.low_rank import MaskedLowRank
 from losa.recovery.rate import settled
 from losa.recovery.reconstruction import reconstruct, sequences, target_of
-from losa.run import Run
+from losa.run import Run, code, versions
 from losa.shrink import OURS, PLAIN, shrink
 from losa.sparse.linear import pack_model
 
@@ -59,7 +62,7 @@ class Result:
 class Dense:
     """What is remembered of the dense model."""
 
-    features: Tensor  # [blocks, tokens, hidden]: what each block put out, at a seeded sample of tokens
+    features: Tensor  # [blocks, tokens, hidden]: what each block put out, at a seeded sample of this process's tokens
     grams: Tensor  # float64 [blocks, n, n]; n = 0 if no allocator asks for them
     perplexity: float | None
 
@@ -87,7 +90,8 @@ def compress(
     source: a local folder, a name on the hub, `demo`, or a loaded causal language model, which is changed in place and
     needs its `tokenizer`. recipe: a Recipe, a dict of settings that differ from its defaults, or the name of one. output: a new folder
     that becomes an ordinary Hugging Face model with losa.json and masks.safetensors beside it, and holds the run in
-    run/; None saves nothing. resume: go on with the run in `output`.
+    run/; None saves nothing. resume: go on with the run in `output`. Several processes that torchrun started do it
+    together, each with its share of the sequences and rows; rank 0 writes, and all return the same.
     Raises LosaError for bad input, before the model loads where it can be known by then.
     """
     if not isinstance(recipe, Recipe):
@@ -117,7 +121,31 @@ def start(
     output = Path(output) if output is not None else None
     source = os.fspath(source) if isinstance(source, os.PathLike) else source
     name = source if isinstance(source, str) else type(source).__name__
-    config = check(source, recipe, output, overwrite, resume)
+    with distributed.joined(device_of(recipe)):
+        config = check(source, recipe, output, overwrite, resume)
+        asked = {
+            "model": name,
+            "output": str(output),
+            "resume": resume,
+            "overwrite": overwrite,
+            "the code of losa": code(),
+        }
+        distributed.check_alike(asked | versions() | recipe.to_json())
+        return _start(source, name, config, tokenizer, recipe, output, begin, resume, overwrite, progress)
+
+
+def _start(
+    source: Any,
+    name: str,
+    config: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    output: Path | None,
+    begin: Callable[[Subject, Inputs], Callable[[Run], Result]],
+    resume: bool,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Result:
     if output is None and not registry.get("recovery", recipe.recovery).merges:
         raise LosaError(f"recovery {recipe.recovery!r} does not merge: name an output for the pairs it trains")
     if output is None and recipe.distill and recipe.teacher == "cached":
@@ -139,6 +167,8 @@ def start(
         inputs = read(recipe, tokenizer, config)
         loaded = model.load(source, recipe) if isinstance(source, str) else source
         subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
+        if distributed.world() > 1:
+            distributed.check_alike(fingerprint(subject, inputs))
         go = begin(subject, inputs)
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
             run.start(recipe, name, overwrite)
@@ -167,6 +197,7 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
             record = {"step": step, "rates": rates, "errors": errors, "ranks": chosen, "unreached": unreached}
             state.history.append(record)
             state.done = step
+            distributed.check_alike(digests(subject))
             save(subject, state, run)
         rows = recipe.rows_of(step)
         examples = inputs.examples[rows.start : rows.stop]
@@ -174,6 +205,7 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         recovery.recover(subject, examples, rated, step, run)
         tell(run, state.history[-1], recipe, time.monotonic() - began)
 
+    distributed.check_alike(digests(subject))
     measured = {"perplexity": dense.perplexity}
     before = {"dense": measured} if first is None else {"dense": first, "finetuned": measured}
     return finish(subject, recipe, recovery, inputs, before, state, run)
@@ -240,12 +272,13 @@ def finetune(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> dict
 def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Dense:
     """One pass over the dense model: perplexity, features at a seeded sample of tokens, Gram matrices for the first step."""
     seen = fingerprint(subject, inputs)
+    positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     if saved := run.load("dense"):
         check_same(saved.meta, seen)
-        return Dense(saved.tensors["features"], saved.tensors["grams"], saved.meta["perplexity"])
+        own = calibration.own_rows(positions, *inputs.calibration.shape)
+        return Dense(saved.tensors["features"][:, own], saved.tensors["grams"], saved.meta["perplexity"])
     perplexity = measure(subject, recipe, inputs)
     stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
-    positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     needs_grams = registry.get("allocator", recipe.allocator).needs == "grams" and recipe.kept.allocates
     features, grams = [], []
     for block in run.track(subject.blocks, "dense model"):
@@ -253,15 +286,16 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
         features.append(stream.sample(positions).cpu())
         grams.append(stream.gram(allocation_samples(recipe)) if needs_grams else torch.empty(0, 0))
     dense = Dense(torch.stack(features), torch.stack(grams), perplexity)
-    run.save("dense", {"features": dense.features, "grams": dense.grams}, {"perplexity": perplexity, "seen": seen})
+    whole = distributed.collect(dense.features.transpose(0, 1)).transpose(0, 1).contiguous()
+    run.save("dense", {"features": whole, "grams": dense.grams}, {"perplexity": perplexity, "seen": seen})
     run.log("dense", perplexity=perplexity)
     return dense
 
 
-def check_same(meta: dict[str, Any], seen: str) -> None:
+def check_same(meta: dict[str, Any], seen: dict[str, str]) -> None:
     """Raise LosaError if what a run was started with had another fingerprint."""
-    if meta["seen"] != seen:
-        raise LosaError("the model or the data is not what the run was started with: start a new run")
+    if changed := [name for name, found in seen.items() if meta["seen"].get(name) != found]:
+        raise LosaError(f"{changed[0]} is not what the run was started with: start a new run")
 
 
 def allocate(
@@ -328,7 +362,7 @@ def prune_by_gradients(
     unreached: list[str] = []
     for block in run.track(subject.blocks[::-1], f"step {step}/{recipe.steps}: gradients"):
         # what lies before a block does not see it, so that it can be pruned at once and its gradients forgotten
-        statistics, missed = backward.gather(block, pruner)
+        statistics, missed = of_all(*backward.gather(block, pruner), backward.fresh(block, pruner))
         prune_block(block, pruner, recipe.amounts(block, rates), backward.stream, statistics)
         del statistics  # before the next block's are made
         unreached += experts_of(missed, run)
@@ -341,6 +375,19 @@ def experts_of(missed: list[str], run: Run) -> list[str]:
     if names:
         run.say(f"no calibration token reached {', '.join(names)}: pruned by the weights alone")
     return names
+
+
+def digests(subject: Subject) -> dict[str, str]:
+    """What every process must agree on after a step: of each block, its masks, its pairs and some of its weights."""
+    found = {}
+    for block in subject.blocks if distributed.world() > 1 else []:
+        digest = hashlib.sha256()
+        for linear in block.masked.values():
+            some = linear.weight.detach().flatten()[:: max(1, linear.weight.numel() // 1000)].float()
+            for tensor in (linear.mask_bits, linear.lora_A, linear.lora_B, some):
+                digest.update(b"" if tensor is None else tensor.detach().cpu().numpy().tobytes())
+        found[f"the masks or weights of {block.name}"] = digest.hexdigest()
+    return found
 
 
 def set_ranks(subject: Subject, recipe: Recipe, step: int, rank_by: str, errors: list[float]) -> list[int]:
@@ -412,7 +459,8 @@ def measure(subject: Subject, recipe: Recipe, inputs: Inputs) -> float | None:
     if inputs.evaluation is None:
         return None
     window = model.reading_window(subject.model.config, recipe.eval_window)
-    return evaluate.perplexity(subject.model, inputs.evaluation, window)
+    with sharding.spread(subject, recipe) as whole:
+        return evaluate.perplexity(whole, inputs.evaluation, window)
 
 
 def counted(bits: dict[str, Tensor], subject: Subject) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """One block: statistics of its linears' inputs, new masks and weights, and how far its output has come from the dense one's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from losa import distributed
 from losa.calibration import Stream
 from losa.errors import LosaError
 from losa.model import Block
@@ -27,7 +29,9 @@ def prune_block(
     before it pruned, at the cost of one pass over the block for each group that runs at once. Returns the names of the
     experts' linears that no token reached.
     """
-    groups = stream.order(block) if true_sequential and pruner.needs_inputs else [list(block.linears)]
+    groups = [list(block.linears)]
+    if true_sequential and pruner.needs_inputs:  # rank 0's, as another may see other experts first
+        groups = distributed.gather(stream.order(block))[0]
     unreached: list[str] = []
     for names in groups:
         seen, missed = (statistics, []) if statistics else observe(block, pruner, names, stream)
@@ -44,16 +48,44 @@ def observe(
 
     These are experts. Theirs is the statistic of inputs that are all alike, on which a pruner goes by the weights alone.
     """
-    statistics: dict[str, Any] = {
-        name: pruner.statistic(block.linears[name].in_features, stream.device) for name in names
-    }
-    unreached = stream.observe(block, statistics) if pruner.needs_inputs and names else []
+
+    def fresh(name: str) -> Any:
+        return pruner.statistic(block.linears[name].in_features, stream.device)
+
+    statistics: dict[str, Any] = {name: fresh(name) for name in names}
+    unreached: list[str] = []
+    if pruner.needs_inputs and names:
+        unreached = stream.observe(block, statistics)
+        statistics, unreached = of_all(statistics, unreached, fresh)
     for name in unreached:
         width = block.linears[name].in_features
         for start in range(0, width, 256):  # the rows of the identity, a few at a time
             rows = torch.eye(min(256, width - start), width, device=stream.device).roll(start, dims=1)
             statistics[name].update(rows, sequences=1)
     return statistics, unreached
+
+
+def of_all(
+    statistics: dict[str, Any], unreached: list[str], fresh: Callable[[str], Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """What all processes have gathered: the sums of their statistics, by name, and the names that no token of any reached.
+
+    fresh(name): an empty statistic. Names that share one go on sharing it.
+    """
+    if distributed.world() == 1:
+        return statistics, unreached
+    shared: dict[int, str] = {}
+    owners = {name: shared.setdefault(id(statistic), name) for name, statistic in statistics.items()}
+    seen = distributed.gather([owners, unreached])
+    # where an expert was not reached, it is not known what it shares
+    owners = {name: next((o[name] for o, _ in seen if o[name] != name), name) for name in owners}
+    for owner in sorted({*owners.values()}):
+        tensors = statistics[owner].tensors()
+        distributed.sum_(tensors.values())
+        total = fresh(owner)
+        total.merge(tensors)
+        statistics |= {name: total for name in owners if owners[name] == owner}
+    return statistics, [name for name in unreached if all(name in missed for _, missed in seen)]
 
 
 @torch.no_grad()
@@ -76,9 +108,10 @@ def prune_linear(
 
 
 def reconstruction_error(dense: Tensor, pruned: Tensor) -> float:
-    """E_l = sum(((D - P) / ||D_channel||)^2) / channels; both [tokens, hidden], the norm over the tokens."""
+    """E_l = sum(((D - P) / ||D_channel||)^2) / channels; both [tokens, hidden], the norm over the tokens of all processes."""
     error = (dense.float() - pruned.float()).square().sum(dim=0, dtype=torch.float64)
     norm = dense.float().square().sum(dim=0, dtype=torch.float64)
+    distributed.sum_([error, norm])
     return float((error / norm.clamp_min(1e-30)).mean())
 
 

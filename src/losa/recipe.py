@@ -119,6 +119,17 @@ class Recipe:
     micro_batch_size: int = setting(
         None, "rows that go through the model at once, a divisor of batch_size; default: the largest up to 4"
     )
+    optimizer: Literal["adamw", "adamw-8bit"] = setting(
+        "adamw", "adamw-8bit: bitsandbytes' paged one, whose moments take 2 bytes a weight instead of 8; on CUDA only"
+    )
+    checkpointing: bool = setting(
+        False, "keep only the inputs of each block during recovery and run it again when its gradients are due"
+    )
+    shard: Literal["none", "blocks"] = setting(
+        "none",
+        "blocks: in memory of the devices each of several processes holds a slice of every block's weights, for models "
+        "that do not fit one; the whole stays in the machine's memory, once a process",
+    )
     warmup: float = setting(0.1, "share of each step's updates over which the learning rate rises")
     weight_decay: float = setting(0.001, "AdamW's weight decay")
     clip: float = setting(1.0, "largest norm of the gradient")

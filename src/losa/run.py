@@ -16,6 +16,7 @@ Every file is written beside its place, synced and renamed over it.
 """
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from losa import distributed
 from losa.errors import LosaError
 from losa.progress import Progress
 from losa.recipe import Recipe
@@ -46,16 +48,20 @@ class Saved:
 
 
 class Run:
-    """A run and its directory; without one (None) nothing is kept and nothing can be resumed."""
+    """A run and its directory; without one (None) nothing is kept and nothing can be resumed.
+
+    Of several processes only rank 0 writes and shows progress; all read, so that the directory must be the same to all.
+    """
 
     def __init__(self, output: Path | None, progress: Progress) -> None:
-        self.output, self.progress = output, progress
+        self.output, self.progress = output, progress if distributed.leads() else Progress(quiet=True)
+        self.writes = output is not None and distributed.leads()
         self._saved_at = time.monotonic()
         self._lock: int | None = None
 
     def start(self, recipe: Recipe, source: str, overwrite: bool = False) -> None:
         """Begin in `output`. Raises LosaError if something is there that may not be replaced, or it cannot be written."""
-        if self.output is None:
+        if self.output is None or not self.writes:
             return
         asked = _asked(recipe, source)
         with writing(self.output):
@@ -71,6 +77,8 @@ class Run:
             raise LosaError("nothing to resume: name the output folder of the run")
         asked = _asked(recipe, source)
         self._check_same(asked)
+        if not self.writes:
+            return
         with writing(self.output):
             self._take_lock()
             for left in [*self.folder.glob("*.new"), *self.folder.glob("export")]:
@@ -118,7 +126,7 @@ class Run:
 
     def save(self, name: str, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
         """Keep `tensors` (contiguous) and `meta` (JSON) as `name`, in place of what was there, in one step."""
-        if self.output is None:
+        if not self.writes:
             return
         from safetensors.torch import save_file
 
@@ -128,10 +136,14 @@ class Run:
         self._saved_at = time.monotonic()
 
     def load(self, name: str) -> Saved | None:
-        """What was kept as `name`, on the CPU, or None."""
+        """What was kept as `name`, on the CPU, or None; the same to all processes, which wait for each other here."""
         path = self.path(name) if self.output else None
-        if path is None or not path.is_file():
-            return None
+        saved = None if path is None or not path.is_file() else self._read(path)
+        distributed.check_alike({f"what they find in {path}": saved and saved.meta})
+        return saved
+
+    @staticmethod
+    def _read(path: Path) -> Saved:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -147,7 +159,7 @@ class Run:
 
     def drop_states(self) -> None:
         """Forget what only resuming needs: a finished run."""
-        if self.output is None:
+        if not self.writes:
             return
         teachers = [path.stem for path in self.folder.glob("teacher-*.safetensors")]
         for name in (*STATES, *teachers):
@@ -160,13 +172,13 @@ class Run:
 
     def checkpoint_due(self, minutes: float) -> bool:
         """Whether so much time has passed since something was saved."""
-        return self.output is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return self.writes and time.monotonic() - self._saved_at >= 60 * minutes
 
     # ------------------------------------------------------------------------------------------------------ telling
 
     def log(self, event: str, **fields: Any) -> None:
         """Add a line to log.jsonl."""
-        if self.output is None:
+        if not self.writes:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
         with writing(self.folder), (self.folder / "log.jsonl").open("a") as file:
@@ -187,6 +199,14 @@ def versions() -> dict[str, str]:
     return {"losa": __version__, "python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in VERSIONED
     }
+
+
+def code() -> str:
+    """A digest of losa's source, which a version alone does not tell from a changed copy."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def check_output(output: Path, overwrite: bool = False) -> None:

@@ -4,6 +4,7 @@ The divergence is KL(teacher || student) at one temperature. Of a cached teacher
 and one bucket for all others, which is at most the whole KL, and zero only where these masses agree.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losa import data, model
+from losa import data, distributed, model
 from losa.errors import LosaError
 from losa.inputs import Inputs, fingerprint
 from losa.model import Subject
@@ -169,21 +170,30 @@ def cached(live: Live, examples: list[data.Example], pad_id: int, recipe: Recipe
     """The predictions of `live` for all examples, in the run; what is there already is not made again."""
     starts = range(0, len(examples), SHARD)
     missing = [number for number in range(len(starts)) if not run.path(_shard(number)).is_file()]
+    missing = distributed.gather(missing)[0]  # rank 0's, which writes them
     device = next(live.model.parameters()).device
     for number in run.track(missing, "the teacher's predictions", done=len(starts) - len(missing)):
         rows = range(starts[number], min(starts[number] + SHARD, len(examples)))
-        made: dict[str, list[Tensor]] = {"ids": [], "logs": [], "rest": []}
-        begins = [0]
-        for row in rows:
+        own = distributed.share(len(rows))
+        top = min(recipe.teacher_top, live.vocabulary)
+        made = {
+            "ids": [torch.empty(0, top).int()],
+            "logs": [torch.empty(0, top).half()],
+            "rest": [torch.empty(0).half()],
+        }
+        lengths = []
+        for row in rows[own.start : own.stop]:
             inputs = {k: v.to(device) for k, v in data.collate([examples[row]], pad_id).items()}
-            said = shortened(live.predict([row], inputs), min(recipe.teacher_top, live.vocabulary))
+            said = shortened(live.predict([row], inputs), top)
             assert said.ids is not None and said.rest is not None
-            begins.append(begins[-1] + len(said.rest))
+            lengths.append(len(said.rest))
             made["ids"].append(said.ids.int().cpu())
             made["logs"].append(said.logs.half().cpu())
             made["rest"].append(said.rest.half().cpu())
-        tensors = {name: torch.cat(parts) for name, parts in made.items()}
+        tensors = {name: distributed.collect(torch.cat(parts)) for name, parts in made.items()}
+        begins = [0, *itertools.accumulate(length for part in distributed.gather(lengths) for length in part)]
         run.save(_shard(number), {**tensors, "starts": torch.tensor(begins)}, {"rows": len(rows)})
+    distributed.gather(None)  # rank 0 has written them all
     return Cached(run, len(starts), recipe.distill_temperature)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from losa import data
+from losa import data, distributed, sharding
 from losa.errors import LosaError
 from losa.model import Subject
 from losa.progress import Progress
@@ -94,11 +94,16 @@ def choose_rate(
 
 @torch.no_grad()
 def held_out_loss(subject: Subject, examples: list[data.Example], recipe: Recipe) -> float:
-    """The mean next-token loss over all labels of `examples`."""
-    device = next(subject.model.parameters()).device
-    total = labels = 0.0
-    for start in range(0, len(examples), recipe.micro_batch_size):
-        batch = data.collate(examples[start : start + recipe.micro_batch_size], subject.pad_id)
-        total += next_token_loss(subject.model, **{name: value.to(device) for name, value in batch.items()}).item()
-        labels += int((batch["labels"][:, 1:] != data.IGNORED).sum())
-    return total / labels
+    """The mean next-token loss over all labels of `examples`. Several processes share the batches."""
+    size = recipe.micro_batch_size
+    batches = [data.collate(examples[i : i + size], subject.pad_id) for i in range(0, len(examples), size)]
+    labels = sum(int((batch["labels"][:, 1:] != data.IGNORED).sum()) for batch in batches)
+    total = torch.zeros(1, dtype=torch.float64)
+    with sharding.spread(subject, recipe) as whole:
+        device = next(whole.parameters()).device
+        for index, counts in distributed.turns(len(batches)):
+            batch = {name: value.to(device) for name, value in batches[index].items()}
+            loss = next_token_loss(whole, **batch).item()
+            total += loss if counts else 0.0
+    distributed.sum_([total])
+    return total.item() / labels

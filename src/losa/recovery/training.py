@@ -1,16 +1,18 @@
 """The training loop of every recovery method: AdamW, linear warm-up and decay, clipped gradients, rows in their order."""
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losa import data
+from losa import data, distributed
 from losa.errors import LosaError
 from losa.model import Subject
 from losa.recipe import Recipe
+from losa.recovery import footprint
 from losa.recovery.distillation import mixed_loss
 
 if TYPE_CHECKING:
@@ -36,18 +38,14 @@ def train(
     order = order_of(len(examples), recipe)
     batches = [order[i : i + recipe.batch_size] for i in range(0, len(order), recipe.batch_size)]
     first = recipe.rows_of(step).start
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=recipe.peak_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-    done = _restore(run, step, parameters, optimizer, between)
-    try:
+    with footprint.prepared(subject, recipe, parameters.values()) as (whole, optimizer):
+        done = _restore(run, step, parameters, optimizer, between)
         for update in run.track(range(done, len(batches)), f"step {step}/{recipe.steps}: recovery", done=done):
             rate = recipe.peak_rate * share_of_peak(update, len(batches), recipe.warmup)
             optimizer.param_groups[0]["lr"] = rate
             rows = [first + i for i in batches[update]]
-            loss = accumulate(subject, [examples[i] for i in batches[update]], rows, recipe) + between.penalise()
+            loss = accumulate(subject, whole, [examples[i] for i in batches[update]], rows, recipe)
+            loss = sum_over_processes(loss, parameters.values()) + between.penalise()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise LosaError(
@@ -61,10 +59,6 @@ def train(
             if run.checkpoint_due(recipe.checkpoint_minutes):
                 _save(run, step, update + 1, parameters, optimizer, between)
         _save(run, step, len(batches), parameters, optimizer, between)
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
 
 
 class Between:
@@ -105,25 +99,49 @@ def share_of_peak(update: int, updates: int, warmup: float) -> float:
     return (update + 1) / rise if update < rise else (updates - update) / max(1, updates - rise)
 
 
-def accumulate(subject: Subject, batch: list[data.Example], rows: list[int], recipe: Recipe) -> float:
+def accumulate(subject: Subject, whole: nn.Module, batch: list[data.Example], rows: list[int], recipe: Recipe) -> float:
     """Add the gradients of the mean loss over all labels of `batch`, some rows at a time; returns that loss.
 
-    rows: the numbers of the examples among all recovery rows, by which a teacher knows them.
+    whole: the subject's model, as it is trained. rows: the numbers of the examples among all recovery rows, by which a
+    teacher knows them. Of several processes: this one's part of it, from its share of the rows; the sum over all is it.
     """
     size = recipe.micro_batch_size
-    device = next(subject.model.parameters()).device
+    device = next(whole.parameters()).device
     labels = sum(int((example.labels[1:] != data.IGNORED).sum()) for example in batch)
+    own = distributed.share(len(batch))
+    most = -(-len(batch) // distributed.world())
     total = 0.0
-    for start in range(0, len(batch), size):
-        inputs = {k: v.to(device) for k, v in data.collate(batch[start : start + size], subject.pad_id).items()}
-        if subject.teacher is not None:
-            said = subject.teacher.predict(rows[start : start + size], inputs)
-            total += mixed_loss(subject.model, inputs, said, recipe, labels)
+    for start in range(0, most, size):
+        part = batch[own.start : own.stop][start : start + size]
+        counts = bool(part)
+        if not counts:  # a sharded model runs in all processes together: one without rows reads one that counts nothing
+            part = [data.Example(batch[0].input_ids, torch.full_like(batch[0].labels, data.IGNORED))]
+        inputs = {k: v.to(device) for k, v in data.collate(part, subject.pad_id).items()}
+        if subject.teacher is not None and counts:
+            said = subject.teacher.predict(rows[own.start : own.stop][start : start + size], inputs)
+            total += mixed_loss(whole, inputs, said, recipe, labels)
             continue
-        loss = next_token_loss(subject.model, **inputs) / labels
+        loss = next_token_loss(whole, **inputs) / labels
         loss.backward()
         total += loss.item()
     return total
+
+
+def sum_over_processes(loss: float, parameters: Iterable[nn.Parameter]) -> float:
+    """The gradients in place, in fp32, and the loss, returned, become their sums over all processes."""
+    parameters = list(parameters)
+    # an expert's pair has no gradient where no token reached it, and keeps none if that is so everywhere
+    counts = torch.tensor([loss, *(p.grad is not None for p in parameters)], dtype=torch.float64)
+    distributed.sum_([counts])
+    reached = [p for p, count in zip(parameters, counts[1:].tolist(), strict=True) if count]
+    distributed.sum_([_gradient(p) for p in reached], torch.float32)
+    return counts[0].item()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def next_token_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
@@ -139,19 +157,18 @@ def _save(
     step: int,
     update: int,
     parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     between: Between,
 ) -> None:
     tensors = {f"between:{key}": value for key, value in between.tensors().items()}
     for name, parameter in parameters.items():
         tensors[f"{name}:value"] = parameter.data
-        state = optimizer.state.get(parameter, {})
-        tensors |= {f"{name}:{key}": value for key, value in state.items()}
+        tensors |= {f"{name}:{key}": value for key, value in footprint.state_of(optimizer, parameter).items()}
     run.save("recovery", tensors, {"step": step, "update": update})
 
 
 def _restore(
-    run: "Run", step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, between: Between
+    run: "Run", step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, between: Between
 ) -> int:
     """Updates already made in this step; parameters and optimizer are set to how they were then."""
     saved = run.load("recovery")
@@ -162,8 +179,7 @@ def _restore(
         prefix = f"{name}:"
         state = {key.removeprefix(prefix): v for key, v in saved.tensors.items() if key.startswith(prefix)}
         del state["value"]
-        # AdamW keeps its moments on the parameter's device
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        footprint.put_state(optimizer, parameter, state)
     own = "between:"
     between.load({key.removeprefix(own): value for key, value in saved.tensors.items() if key.startswith(own)})
     return int(saved.meta["update"])

@@ -114,7 +114,9 @@ class Native:
             count = rows.stop - first
             _done(expand(ctypes.byref(matrix), first, count, tile.data_ptr(), stride, torch.get_num_threads()))
             part = added if bias is None else added[rows]
-            torch.addmm(part, factor, tile[:count, : packed.in_features].t(), out=y[:, rows], beta=int(bias is not None))
+            torch.addmm(
+                part, factor, tile[:count, : packed.in_features].t(), out=y[:, rows], beta=int(bias is not None)
+            )
         return y.to(x.dtype)
 
 

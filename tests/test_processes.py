@@ -1,0 +1,241 @@
+"""Two gloo processes, started by torchrun as a user starts them, against one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import files, save_tiny, two_steps
+from safetensors.torch import load_file
+from torch import Tensor
+
+import losa
+from losa import masks, pruning
+from losa.recipe import Recipe
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def torchrun(*arguments: object, processes: int = 2) -> "subprocess.CompletedProcess[str]":
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def lines_of_losa(done: "subprocess.CompletedProcess[str]") -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("losa: ")]
+
+
+def run_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
+    """What the jobs came to in rank 0, and in rank 1."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    done = torchrun(WORKER, "jobs", path)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(Path(f"{path}.{rank}").read_text()) for rank in (0, 1)]
+
+
+def updates(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["event"] == "update"]
+
+
+# name: (model, settings): one step, so that what is pruned is the model as it was given
+ONE_STEP: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnitude-rmi": ("llama", {"pruner": "magnitude"}),
+    "wanda-owl": ("llama", {"allocator": "owl", "rates_per": "linear"}),
+    "sparsegpt-rmi": ("llama", {"pruner": "sparsegpt", "true_sequential": True}),
+    "sparsegpt-error": ("llama", {"pruner": "sparsegpt", "allocator": "error", "error_tokens": 0}),
+    "pruner-zero-owl": ("llama", {"pruner": "pruner-zero", "allocator": "owl"}),
+    "experts-wanda-rmi": ("mixtral", {"ignore": [r"layers\.1\."]}),
+    "structured-flap-owl": ("llama", {"pattern": "structured", "pruner": "flap", "allocator": "owl"}),
+}
+# a batch of 3 rows leaves a process with one, and the last of 16 rows leaves one without any
+TAUGHT = {"recovery": "full", "distill": 0.5, "teacher": "cached", "teacher_top": 16, "learning_rate": "auto"}
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "taught": ("llama", TAUGHT | {"batch_size": 3, "micro_batch_size": 1}),
+    "steps": ("llama", {"batch_size": 3, "micro_batch_size": 1}),
+    "experts-steps": ("mixtral", {"batch_size": 3, "micro_batch_size": 1, "pruner": "pruner-zero"}),
+}
+ROWS = ("wanda", "pruner-zero")  # pruners that compare within a row
+SHARDED = {"shard": "blocks", "checkpointing": True}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: str(save_tiny(folder / kind, kind)) for kind in ("llama", "mixtral")}
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str], text: Path) -> Path:
+    """What two processes make of everything in this file, in one job: a folder a run, found.json what each rank told."""
+    base = two_steps(text)
+    folder = tmp_path_factory.mktemp("two")
+    jobs: list[dict[str, Any]] = []
+    for name, (kind, given) in ONE_STEP.items():
+        jobs.append({"name": name, "source": models[kind], "settings": base | {"steps": 1} | given})
+    for name, (kind, given) in STEPS.items():
+        jobs.append({"name": name, "source": models[kind], "settings": base | given})
+        if name != "taught":
+            jobs.append({"name": f"{name}-sharded", "source": models[kind], "settings": base | given | SHARDED})
+    for name, here, there in (
+        ("recipe", {}, {"settings": {"sparsity": 0.6}}),
+        ("code", {}, {"code": "another"}),
+        ("model", {"scale": 1.0}, {"scale": 1.01}),
+        ("few", {"settings": base | {"calibration_samples": 1, "allocator": "uniform"}}, {}),
+    ):
+        jobs.append({"name": name, "source": models["llama"], "settings": base, "rank1": there} | here)
+    for job in jobs:
+        job["output"] = str(folder / job["name"])
+    ranks = run_jobs(jobs, folder)
+    found = {job["name"]: [rank[i] for rank in ranks] for i, job in enumerate(jobs)}
+    (folder / "found.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.fixture
+def by_one(models: dict[str, str], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Compresses as `by_two` did, in this process; returns the result, and the scores of every linear that was pruned."""
+    scores: dict[str, Tensor] = {}
+    prune_linear, choose = pruning.prune_linear, masks.choose
+    current = ""
+
+    def named(name: str, *rest: Any) -> None:
+        nonlocal current
+        current = name
+        prune_linear(name, *rest)
+        current = ""
+
+    def spy(found: Tensor, *rest: Any) -> Tensor:
+        if current:
+            assert current not in scores, "a linear's scores are compared at once"
+            scores[current] = found.clone()
+        return choose(found, *rest)
+
+    def compress(kind: str, settings: dict[str, Any]) -> tuple[losa.Result, dict[str, Tensor]]:
+        if settings.get("steps") == 1:
+            monkeypatch.setattr(pruning, "prune_linear", named)
+            monkeypatch.setattr(masks, "choose", spy)
+        recipe = Recipe(**two_steps(text) | settings)
+        return losa.compress(models[kind], recipe, tmp_path / "one"), scores
+
+    return compress
+
+
+def differing(one: Path, two: Path) -> dict[str, Tensor]:
+    """Where the masks of two runs differ, by linear."""
+    first, second = (load_file(folder / "masks.safetensors") for folder in (one, two))
+    assert first.keys() == second.keys()
+    bits = {name: first[name] ^ second[name] for name in first if first[name].dtype == torch.uint8}
+    assert all(torch.equal(first[name], second[name]) for name in first.keys() - bits.keys())
+    return {name: masks.unpack(b, 8 * b.shape[1]) for name, b in bits.items()}
+
+
+def check_told(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
+    """Two runs' losa.json: rates, errors, ranks and perplexities."""
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["rates"] == pytest.approx(b["rates"], rel=tolerance)
+        assert a["errors"] == pytest.approx(b["errors"], rel=tolerance)
+        assert a["ranks"] == b["ranks"] and a["unreached"] == b["unreached"]
+    for which in ("dense", "sparse"):
+        assert one["measurements"][which].pop("loads", None) == two["measurements"][which].pop("loads", None)
+        assert one["measurements"][which] == pytest.approx(two["measurements"][which], rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_two_processes_prune_as_one(name: str, by_two: Path, by_one: Any) -> None:
+    """Equations.md, decision 9: masks differ only where scores tie within 1e-6; losses agree within float tolerance."""
+    assert json.loads((by_two / "found.json").read_text())[name] == [{"held": []}] * 2
+    kind, given = ONE_STEP[name]
+    result, scores = by_one(kind, {"steps": 1} | given)
+    assert result.path is not None
+    for linear, there in differing(result.path, by_two / name).items():
+        if bool(there.any()):
+            there, score = there[:, : scores[linear].shape[1]], scores[linear]
+            kept = masks.unpack(load_file(result.path / "masks.safetensors")[linear], score.shape[1])
+            border = score.masked_fill(kept, 0)
+            border = border.amax(dim=1, keepdim=True) if given.get("pruner", "wanda") in ROWS else border.amax()
+            assert bool(((score - border).abs() <= 1e-6 * border)[there].all()), linear
+    told = [json.loads((folder / "losa.json").read_text()) for folder in (result.path, by_two / name)]
+    check_told(*told, 1e-4)
+    assert updates(by_two / name) == pytest.approx(updates(result.path), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_two_processes_recover_as_one(name: str, by_two: Path, by_one: Any) -> None:
+    """Over two steps: the losses of every update, and what came of them."""
+    kind, given = STEPS[name]
+    result, _ = by_one(kind, given)
+    assert result.path is not None
+    different = torch.cat([there.flatten() for there in differing(result.path, by_two / name).values()])
+    assert different.float().mean() < 1e-3
+    told = [json.loads((folder / "losa.json").read_text()) for folder in (result.path, by_two / name)]
+    check_told(*told, 1e-3)
+    losses = updates(result.path)
+    assert updates(by_two / name) == pytest.approx(losses, rel=1e-4) and len(losses) == len(set(losses)) == 6
+
+
+@pytest.mark.parametrize("name", sorted({*STEPS} - {"taught"}))
+def test_a_sharded_model_recovers_as_a_whole_one(name: str, by_two: Path) -> None:
+    """fully_shard, and blocks that run twice: the very same bits, with half of the frozen weights in each process."""
+    made = [json.loads((by_two / run / "losa.json").read_text()) for run in (name, f"{name}-sharded")]
+    assert made[0]["history"] == made[1]["history"] and made[0]["measurements"] == made[1]["measurements"]
+    assert updates(by_two / name) == updates(by_two / f"{name}-sharded")
+    for file in ("model.safetensors", "masks.safetensors"):
+        assert (by_two / name / file).read_bytes() == (by_two / f"{name}-sharded" / file).read_bytes()
+    found = json.loads((by_two / "found.json").read_text())[f"{name}-sharded"]
+    for rank in found:  # dense perplexity, two steps, perplexity
+        assert len(rank["held"]) == 4 and all(0.45 < share < 0.55 for share in rank["held"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("recipe", "the processes differ in sparsity: 0.5 in rank 0, 0.6 in rank 1: start all with the same command"),
+        ("code", "the processes differ in the code of losa: "),
+        ("model", "the processes differ in the model: "),
+        ("few", "1 calibration sequences do not divide over 2 processes: raise calibration_samples"),
+    ],
+)
+def test_processes_that_differ_are_refused(name: str, said: str, by_two: Path) -> None:
+    found = json.loads((by_two / "found.json").read_text())[name]
+    assert found[0] == found[1] and said in found[0]["error"]
+    assert not (by_two / name).exists()
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def test_a_process_that_dies_ends_the_job_with_one_line_and_any_number_resumes(
+    llama: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    recipe = settings | {"train_samples": 32, "checkpoint_minutes": 0}
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    done = torchrun(WORKER, "die", 6, "compress", llama, "--output", out, *flags(recipe))
+    assert done.returncode != 0 and len(lines_of_losa(done)) == 1, done.stderr
+    assert "--resume goes on with the run, also with another number of processes" in lines_of_losa(done)[0]
+    assert not (out / "losa.json").exists() and (out / "run" / "recovery.safetensors").is_file()
+    shutil.copytree(out, tmp_path / "one")
+    resumed = losa.compress(str(llama), Recipe(**recipe), tmp_path / "one", resume=True)
+    jobs = [{"source": str(llama), "settings": recipe, "output": str(folder)} for folder in (out, whole)]
+    assert run_jobs([jobs[0] | {"resume": True}, jobs[1]], tmp_path) == [[{"held": []}] * 2] * 2
+    assert files(out) == files(whole), "killed and resumed is never killed"
+    assert resumed.measurements["sparse"] == pytest.approx(
+        json.loads((whole / "losa.json").read_text())["measurements"]["sparse"], rel=1e-3
+    )
+
+
+def test_what_is_wrong_in_all_processes_is_said_once(tmp_path: Path) -> None:
+    """Also what torchrun cannot be for; and without it, what needs it."""
+    done = torchrun("-m", "losa", "compress", "demo", "--output", tmp_path / "out", "--sparsity", "1.5")
+    assert lines_of_losa(done) == ["losa: sparsity is 1.5: must be at least 0 and below 1"], done.stderr
+    assert done.returncode != 0 and not (tmp_path / "out").exists()
