@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format package clean
+.PHONY: demo test lint format fuzz package clean
 
 demo: .venv/ready
 	$(BIN)/losa demo --output losa-demo --overwrite
@@ -18,6 +18,19 @@ lint: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, the AVX-512 ones with their instructions in plain C++.
+CSRC := src/losa/sparse/csrc
+SANITIZED := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
+FUZZ_SECONDS ?= 60
+fuzz:
+	mkdir -p build
+	$(SANITIZED) -mavx2 -mfma -mf16c -mbmi2 -mpopcnt -c $(CSRC)/avx2.cpp -o build/avx2.o
+	$(SANITIZED) tests/fuzz_kernels.cpp $(CSRC)/common.cpp $(CSRC)/portable.cpp build/avx2.o -o build/fuzz -ldl
+	$(SANITIZED) -DLOSA_FUZZ_EMULATED -Itests/emulated tests/fuzz_kernels.cpp $(CSRC)/common.cpp $(CSRC)/avx512.cpp \
+	    $(CSRC)/avx512_bf16.cpp -o build/fuzz512 -ldl
+	build/fuzz $(FUZZ_SECONDS)
+	build/fuzz512 $(FUZZ_SECONDS)
 
 # A wheel and an sdist in dist/; both are installed into clean environments, where they must pass the demo.
 package: .venv/ready

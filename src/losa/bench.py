@@ -4,6 +4,7 @@ Opponents take turns, each time with another matrix, so that none is in a cache:
 disagrees with the reference is not timed.
 """
 
+import copy
 import re
 import statistics
 import time
@@ -21,6 +22,7 @@ from losa.registry import unknown
 from losa.sparse import cpu, kernels, native, reference
 from losa.sparse.packed import DTYPES, PAD, Packed, pack, unpack
 
+DRAWN = 8
 CACHES = 4  # times the last-level cache, so much of distinct matrices
 SLOW = 0.5  # seconds; what takes longer runs in every SPARE-th round only
 SPARE = 8
@@ -44,11 +46,12 @@ def kernel(
     rows: int = 1,
     name: str | None = None,
     rounds: int = 40,
+    threads: int = 0,
 ) -> dict[str, Any]:
     """Time y = x W^T for a random packed W, x [rows, in], against torch and the best dense product.
 
-    shape: OUTxIN. name: a kernel, None for the one that is chosen. Raises LosaError for what cannot be, and if a product
-    disagrees with the reference.
+    shape: OUTxIN. name: a kernel, None for the one that is chosen. threads: 0 for torch's. Raises LosaError for what
+    cannot be, and if a product disagrees with the reference.
     """
     out, columns = _shape(shape)
     if not 0 <= sparsity < 1:
@@ -57,11 +60,31 @@ def kernel(
         raise unknown("type of values", values, DTYPES)
     if activations not in ("float32", "bfloat16"):
         raise unknown("type of activations", activations, ("float32", "bfloat16"))
-    if rows < 1 or rounds < 2:
-        raise LosaError("rows must be at least 1, rounds at least 2")
+    if rows < 1 or rounds < 2 or threads < 0:
+        raise LosaError("rows must be at least 1, rounds at least 2, threads at least 0")
     dtype = DTYPES[activations]
+    tiny = pack(torch.ones(1, 8), torch.ones(1, 8, dtype=torch.bool), DTYPES[values])
+    kernels.choose(tiny, dtype, torch.device("cpu"), name)  # a named one that refuses does so before the work
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return _compare(out, columns, sparsity, DTYPES[values], dtype, rows, name, rounds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compare(
+    out: int,
+    columns: int,
+    sparsity: float,
+    values: torch.dtype,
+    dtype: torch.dtype,
+    rows: int,
+    name: str | None,
+    rounds: int,
+) -> dict[str, Any]:
     cache = last_level_cache()
-    packs = _packs(out, columns, sparsity, DTYPES[values], CACHES * cache)
+    packs = _packs(out, columns, sparsity, values, CACHES * cache)
     choice = kernels.choose(packs[0], dtype, torch.device("cpu"), name)
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     opponents = _opponents(packs, x, choice.kernel, CACHES * cache)
@@ -73,11 +96,11 @@ def kernel(
         "kernel": choice.kernel.name,
         "why": choice.why,
         "refused": choice.refused,
-        "shape": shape,
+        "shape": f"{out}x{columns}",
         "sparsity": sparsity,
         "kept": packs[0].kept / (out * columns),
-        "values": values,
-        "activations": activations,
+        "values": _name(values),
+        "activations": _name(dtype),
         "rows": rows,
         "threads": torch.get_num_threads(),
         "processor": processor(),
@@ -88,20 +111,23 @@ def kernel(
         "gb_per_s": {who: round(gb, 2) for who, gb in speed.items()},
         "weights_per_ns": round(out * columns / milliseconds["losa"] / 1e6, 2),
     }
-    dense = [who for who in opponents if who not in ("losa", "read")]
-    best = min((who for who in dense if who.endswith("bf16")), key=lambda who: milliseconds[who])
-    for who, key in [("torch_bf16",) * 2, ("torch_fp32",) * 2, (best, "best_dense")]:
-        quartiles = _quartiles(times[who], times["losa"])
-        found[f"speedup_over_{key}"], found[f"speedup_over_{key}_quartiles"] = quartiles[1], quartiles[::2]
+    ratios = {who: _ratios(times[who], times["losa"]) for who in opponents if who != "losa"}
+    dense = [who for who in ratios if who.endswith("bf16")]
+    best = min(dense, key=lambda who: statistics.median(ratios[who]))
+    for who, key in [("torch_bf16", "torch_bf16"), ("torch_fp32", "torch_fp32"), (best, "best_dense")]:
+        low, middle, high = (round(q, 3) for q in statistics.quantiles(ratios[who], n=4, method="inclusive"))
+        found[f"speedup_over_{key}"], found[f"speedup_over_{key}_quartiles"] = middle, [low, high]
+    found["speedups"] = {who: round(statistics.median(r), 3) for who, r in ratios.items() if who != "read"}
     found["best_dense"] = best
-    found["bound"] = round(
-        opponents[best].bytes / opponents["losa"].bytes, 3
-    )  # of the speedup, were both read at one speed
-    shares = [
-        share / opponents["read"].bytes * opponents["losa"].bytes for share in _ratios(times["read"], times["losa"])
-    ]
-    found["share_of_read_bandwidth"] = round(statistics.median(shares), 3)
+    # of the speedup, were both read at one speed
+    found["bound"] = round(opponents[best].bytes / opponents["losa"].bytes, 3)
+    more = opponents["losa"].bytes / opponents["read"].bytes
+    found["share_of_read_bandwidth"] = round(statistics.median(ratios["read"]) * more, 3)
     return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -112,20 +138,23 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _packs(out: int, columns: int, sparsity: float, values: torch.dtype, total: int) -> list[Packed]:
-    """So many random matrices that they come to `total` bytes, every one with pruned weights at random places."""
+    """Random matrices, pruned at random places, that come to `total` bytes in memory; beyond DRAWN they are copies."""
     packs: list[Packed] = []
-    while sum(p.layout.bytes for p in packs) < total or len(packs) < 2:
-        generator = torch.Generator().manual_seed(len(packs))
+    for seed in range(DRAWN):
+        generator = torch.Generator().manual_seed(seed)
         mask = torch.rand(out, columns, generator=generator) >= sparsity
         weight = torch.randn(out, columns, generator=generator) * columns**-0.5
-        weight = weight if values == torch.int8 else weight.to(values)
-        packs.append(pack(weight, mask, values))
+        packs.append(pack(weight if values == torch.int8 else weight.to(values), mask, values))
+        if seed and len(packs) * packs[0].layout.bytes >= total:
+            return packs
+    for i in range(-(-total // packs[0].layout.bytes) - DRAWN):
+        packs.append(copy.deepcopy(packs[i % DRAWN]))
     return packs
 
 
 def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: int) -> dict[str, Opponent]:
     """All of them, each found to agree with the reference in its own precision."""
-    wanted = [reference.multiply(x.float(), packed) for packed in packs]
+    wanted = [reference.multiply(x.float(), packed) for packed in packs[:DRAWN]]
 
     def agree(who: str, calls: list[Callable[[], Tensor]], dtype: torch.dtype) -> list[Callable[[], Tensor]]:
         for call, want in zip(calls, wanted, strict=False):
@@ -140,11 +169,10 @@ def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: in
     exact = x.dtype == torch.float32 and packs[0].values.dtype != torch.int8
     precision = torch.float32 if exact else torch.bfloat16
     found = {"losa": Opponent([*agree(chosen.name, calls, precision)], packs[0].layout.bytes)}
-    few = slice(0, max(2, -(-total // (out * columns * 2))))
-    dense = [unpack(p, torch.bfloat16)[0] for p in packs[few]]
+    dense = [unpack(p, torch.bfloat16)[0] for p in packs[: max(2, -(-total // (out * columns * 2)))]]
     calls = [lambda w=w: F.linear(x.bfloat16(), w) for w in dense]
     found["torch_bf16"] = Opponent([*agree("torch's bf16 product", calls, torch.bfloat16)], out * columns * 2)
-    single = [unpack(p, torch.float32)[0] for p in packs[few]]
+    single = [unpack(p, torch.float32)[0] for p in packs[: max(2, -(-total // (out * columns * 4)))]]
     calls = [lambda w=w: F.linear(x.float(), w) for w in single]
     found["torch_fp32"] = Opponent([*agree("torch's fp32 product", calls, torch.float32)], out * columns * 4)
     if len(x) == 1 and (symbol := best_dense()):
@@ -219,10 +247,6 @@ def _times(opponents: dict[str, Opponent], rounds: int) -> dict[str, list[float]
 
 def _ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True) if a and b]
-
-
-def _quartiles(above: list[float], below: list[float]) -> list[float]:
-    return [round(q, 3) for q in statistics.quantiles(_ratios(above, below), n=4, method="inclusive")]
 
 
 def last_level_cache() -> int:

@@ -131,6 +131,17 @@ def build_parser() -> argparse.ArgumentParser:
         options: dict[str, Any] = {"type": int} if name == "seed" else {}
         generate.add_argument(f"--{name}", default=field.default, help=field.metadata["doc"], **options)
 
+    bench = command("bench", _bench, "speed: `losa bench kernel` times one packed linear beside dense ones")
+    bench.add_argument("subject", metavar="kernel", help="what is timed; the kernel is named, and why it was taken")
+    bench.add_argument("--shape", default="11008x4096", help="OUTxIN (default: 11008x4096)")
+    bench.add_argument("--sparsity", type=float, default=0.7, help="share that is pruned (default: 0.7)")
+    bench.add_argument("--values", default="bfloat16", help="bfloat16, float16, float32 or int8 (default: bfloat16)")
+    bench.add_argument("--activations", default="bfloat16", help="bfloat16 or float32 (default: bfloat16)")
+    bench.add_argument("--rows", type=int, default=1, help="tokens at once (default: 1, as in decoding)")
+    bench.add_argument("--rounds", type=int, default=40, help="how often everyone is timed, in turns (default: 40)")
+    bench.add_argument("--threads", type=int, default=0, help="default: what torch takes")
+    bench.add_argument("--kernel", help=f"{', '.join(registry.KERNELS)} (default: LOSA_KERNEL, or the first that can)")
+
     demo = command("demo", _demo, "the whole method on the built-in model, without any download")
     demo.add_argument("--output", type=Path, default=Path("losa-demo"), help="new folder (default: losa-demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace the demo in --output")
@@ -397,6 +408,37 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     return generate(
         args.model, args.prompt, settings, args.max_new_tokens, args.temperature, args.chat, stream=not args.json
     )
+
+
+def _bench(args: argparse.Namespace) -> dict[str, Any]:
+    if args.subject != "kernel":
+        raise registry.unknown("subject of a benchmark", args.subject, ["kernel"])
+    from losa import bench
+
+    found = bench.kernel(
+        args.shape,
+        args.sparsity,
+        values=args.values,
+        activations=args.activations,
+        rows=args.rows,
+        name=args.kernel,
+        rounds=args.rounds,
+        threads=args.threads,
+    )
+    if not args.json:
+        for name, why in found["refused"].items():
+            print(f"kernel {name} refused: {why}")
+        print(f"kernel {found['kernel']}: {found['why']}; {found['threads']} threads, {found['processor']}")
+        rows = [("", "ms", "GB/s", "times as long as losa")]
+        for who, ms in found["ms"].items():
+            over = f"{found['speedups'][who]:.2f}" if who in found["speedups"] else ""
+            rows.append((who, f"{ms:.3f}", f"{found['gb_per_s'][who]:.1f}", over))
+        print_table(rows)
+        print(
+            f"{found['share_of_read_bandwidth']:.0%} of the reading speed; over the best dense product "
+            f"{found['speedup_over_best_dense']:.2f}, {found['bound']:.2f} if both read at one speed"
+        )
+    return found
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
