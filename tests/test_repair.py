@@ -339,7 +339,7 @@ def test_distilled_from_a_dense_model_that_is_named_at_a_rate_that_is_searched_a
 
 def test_too_few_zeros_to_pack(tmp_path: Path, repairing: dict[str, Any]) -> None:
     save_sparse(tmp_path / "sparse", only="layers.1.mlp.up_proj")
-    with pytest.raises(LosaError, match=r"at least 0.1 with format packed"):
+    with pytest.raises(LosaError, match=r"at least 0\.1 with format packed"):
         losa.recover(str(tmp_path / "sparse"), repairing | {"format": "packed"}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
