@@ -105,8 +105,8 @@ def register() -> None:
             from losa.sparse import linear
 
             self.layouts = linear.read_layouts(self.quantization_config.to_dict())
-            linear.check_files(checkpoint_files, self.layouts)
             linear.install(model, self.layouts)
+            linear.check_files(checkpoint_files, self.layouts)
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             from losa.sparse import linear

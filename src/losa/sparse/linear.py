@@ -109,9 +109,9 @@ def read_layouts(config: dict[str, Any]) -> dict[str, Layout]:
         raise LosaError(
             f"the model is packed in format {found!r}, this losa reads {VERSION}: use the losa that made it"
         )
-    if config.get("values") not in DTYPES:
+    if (values := DTYPES.get(str(config.get("values")))) is None:
         raise unknown("type of values", config.get("values"), DTYPES)
-    values, linears, layouts = DTYPES[config["values"]], config.get("linears"), {}
+    linears, layouts = config.get("linears"), {}
     try:
         for name, entry in linears.items():  # type: ignore[union-attr]
             rows, columns = entry["shape"]
@@ -142,7 +142,6 @@ def layouts_in(config: Any) -> dict[str, Layout] | None:
 
 def install(whole: nn.Module, layouts: dict[str, Layout]) -> None:
     """Put packed linears, without weights, in the place of a model's. Raises LosaError where the model has no such linear."""
-    shared = [id(parameter) for _, parameter in whole.named_parameters(remove_duplicate=False)]
     for full, layout in layouts.items():
         name, old = named(whole, full)
         if not isinstance(old, nn.Linear):
@@ -150,8 +149,6 @@ def install(whole: nn.Module, layouts: dict[str, Layout]) -> None:
         if list(old.weight.shape) != [layout.out_features, layout.in_features]:
             shape = [layout.out_features, layout.in_features]
             raise LosaError(f"config.json packs {full} as {shape}, the model has it as {list(old.weight.shape)}")
-        if shared.count(id(old.weight)) > 1:
-            raise LosaError(f"config.json packs {full}, whose weight is another's too (tied): it must stay dense")
         whole.set_submodule(name, PackedLinear(layout, old.bias).train(old.training))
 
 

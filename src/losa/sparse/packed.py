@@ -118,17 +118,22 @@ def pack(weight: Tensor, mask: Tensor, values: torch.dtype | None = None) -> Pac
 def _quantize(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """q as float32 [out, in], and the scales."""
     exact = weight.float().masked_fill(~mask, 0)
-    if not bool(exact.isfinite().all()):
-        raise LosaError("weights that are NaN or infinity have no int8 values")
     rows, columns = exact.shape
     grouped = F.pad(exact, (0, -columns % GROUP)).view(rows, -1, GROUP)
     least = grouped.abs().amax(dim=2) / 127
     scales = least.bfloat16()
     up = scales.float() < least  # rounded up, lest a value reach 128
     scales = (scales.view(torch.int16) + up.to(torch.int16)).view(torch.bfloat16)
+    if not _bounded(scales):
+        raise LosaError("weights that are NaN, infinity or beyond 3e38 have no int8 values")
     divided = grouped / scales.float().unsqueeze(2)
     q = torch.where(scales.unsqueeze(2) > 0, divided.round().clamp(-127, 127), 0)
     return q.view(rows, -1)[:, :columns], scales
+
+
+def _bounded(scales: Tensor) -> bool:
+    """Whether every product of a scale with an int8 is a number in float32."""
+    return bool(((scales >= 0) & (scales.float() * 128).isfinite()).all())
 
 
 def _counts(bits: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -209,5 +214,5 @@ def check(packed: Packed, name: str, layout: Layout | None = None) -> None:
         raise damaged(f"its mask does not keep {packed.nm}")
     elif counts.sum() != packed.kept:
         raise damaged(f"its mask keeps {counts.sum()} weights and there are {packed.kept}")
-    if packed.scales is not None and not bool((packed.scales.isfinite() & (packed.scales >= 0)).all()):
-        raise damaged("a scale is negative or no number")
+    if packed.scales is not None and not _bounded(packed.scales):
+        raise damaged("a scale is negative, too large or no number")
