@@ -132,6 +132,8 @@ def two_steps(text: Path) -> dict[str, Any]:
         micro_batch_size=2,
         eval_data=str(text),
         eval_tokens=500,
+        eval_step_tokens=200,
+        sample_tokens=4,
         dtype="float32",
         device="cpu",
     )

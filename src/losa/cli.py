@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from losa import distributed, recipe, registry, repair_recipe
 from losa.errors import LosaError
+from losa.units import duration, number, size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, doc: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
         sub.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
+        sub.add_argument("--quiet", action="store_true", help="no progress")
         sub.set_defaults(command=run, parser=sub)
         return sub
 
@@ -141,12 +143,14 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=40, help="how often everyone is timed, in turns (default: 40)")
     bench.add_argument("--threads", type=int, default=0, help="default: what torch takes")
     bench.add_argument("--kernel", help=f"{', '.join(registry.KERNELS)} (default: LOSA_KERNEL, or the first that can)")
+    report = command("report", _report, "what one run did, or several compared, as a page with pictures")
+    report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="output of a run, finished or not")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: report.html in the first DIR)")
 
     demo = command("demo", _demo, "the whole method on the built-in model, without any download")
     demo.add_argument("--output", type=Path, default=Path("losa-demo"), help="new folder (default: losa-demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace the demo in --output")
     demo.add_argument("--sparsity", type=float, help=_settings()["sparsity"].metadata["doc"])
-    demo.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
 
@@ -161,7 +165,6 @@ def _add_run(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would happen, and what it would take; do nothing"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _settings() -> dict[str, Any]:
@@ -186,7 +189,7 @@ def _add_settings(parser: argparse.ArgumentParser, hidden: Sequence[str] = ()) -
         elif kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         elif kind is list:
-            options |= {"action": "append", "metavar": "REGEX"}
+            options |= {"action": "append", "metavar": "TEXT"}
         elif kind is dict:
             options |= {"type": _json_object, "metavar": "JSON"}
         else:
@@ -241,7 +244,6 @@ def _chosen(args: argparse.Namespace, kind: type[recipe.Recipe]) -> recipe.Recip
 def _run(args: argparse.Namespace, settings: recipe.Recipe, start: Any, plan: Any) -> dict[str, Any]:
     _quiet_libraries()
     from losa.inputs import check
-    from losa.progress import Progress
 
     if args.dry_run:
         check(args.model, settings, args.output, args.overwrite, args.resume)
@@ -249,20 +251,39 @@ def _run(args: argparse.Namespace, settings: recipe.Recipe, start: Any, plan: An
         if not args.json:
             _print_plan(planned, settings)
         return planned
-    progress = Progress(quiet=args.quiet or args.json)
-    result = start(args.model, settings, args.output, resume=args.resume, overwrite=args.overwrite, progress=progress)
-    if not args.json:
-        _print_result(result.measurements, result.path)
+    result = start(
+        args.model, settings, args.output, resume=args.resume, overwrite=args.overwrite, progress=_progress(args)
+    )
+    if not args.json and distributed.leads():
+        _print_result(args.output, result.measurements["sparse"].get("loads"))
     return {"output": str(result.path), "measurements": result.measurements, "history": result.history}
 
 
-def _print_result(measurements: dict[str, Any], path: Path | None) -> None:
-    rows = [("", "perplexity", "sparsity")]
-    for name, measured in measurements.items():
-        rows.append((name, _number(measured["perplexity"]), f"{measured.get('sparsity', 0):.1%}"))
-    print_table(rows)
-    loads = measurements["sparse"].get("loads")
-    print(f"saved in {path}" + (f"; loads in {loads}" if loads else ""))
+def _print_result(output: Path, loads: str | None) -> None:
+    from losa import story
+    from losa.report import verdict_table
+
+    told = story.read(output)
+    table = verdict_table([("", row, False) for row in told.verdict()], several=False, sampled=told.sampled)
+    print_table([table["columns"], *(row["cells"] for row in table["rows"])])
+    peak = f", {size(told.peak)} of memory at its peak" if told.peak else ""
+    print(f"{duration(told.seconds)}{peak}; losa report {output} shows what happened")
+    print(f"saved in {output}" + (f"; loads in {loads}" if loads else ""))
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from losa.report import report
+
+    page = report(args.folders, args.output)
+    if not args.json:
+        print(f"{page}, {size(page.stat().st_size)}: open it in a browser")
+    return {"report": str(page), "bytes": page.stat().st_size, "runs": [str(folder) for folder in args.folders]}
+
+
+def _progress(args: argparse.Namespace) -> Any:
+    from losa.progress import Progress
+
+    return Progress(quiet=args.quiet or args.json)
 
 
 def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
@@ -295,7 +316,8 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in names}
     given["tasks"] = [name for name in args.tasks.split(",") if name]
     given["task_data"] = dict(_pair(text) for text in args.task_data)
-    found = evaluate.evaluate(args.model, evaluate.Evaluation(**given), settings, args.json or not sys.stderr.isatty())
+    quiet = args.quiet or args.json or not sys.stderr.isatty()
+    found = evaluate.evaluate(args.model, evaluate.Evaluation(**given), settings, quiet, _progress(args))
     if not args.json:
         _print_answers(found)
     return found
@@ -357,7 +379,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     _quiet_libraries()
     from losa.inspection import inspect
 
-    found = inspect(args.folder)
+    found = inspect(args.folder, _progress(args))
     if not args.json:
         if "source" in found:
             made = found["recipe"]
@@ -444,18 +466,17 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
     _quiet_libraries()
     from losa.demo import run
-    from losa.progress import Progress
 
-    found = run.demo(args.output, args.sparsity, args.overwrite, Progress(quiet=args.quiet or args.json))
+    found = run.demo(args.output, args.sparsity, args.overwrite, _progress(args))
     if not args.json:
         rows = [("", "perplexity", "sparsity", "weights kept", "on disk")]
         for name, line in found["models"].items():
             kept = f"{line['kept']:,}"
-            rows.append((name, _number(line["perplexity"]), f"{line['sparsity']:.1%}", kept, size(line["bytes"])))
+            rows.append((name, number(line["perplexity"]), f"{line['sparsity']:.1%}", kept, size(line["bytes"])))
         print_table(rows)
         for name, text in found["samples"].items():
             print(f"\n{name} continues {found['prompt']!r}:\n{text}")
-        print(f"\nthe LoSA model is in {found['output']}: losa inspect {found['output']}")
+        print(f"\nthe LoSA model is in {found['output']}: losa report {found['output']} shows how it was made")
     return found
 
 
@@ -472,19 +493,6 @@ def _quiet_libraries() -> None:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.2%}" if whole else "-"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people, decimal."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

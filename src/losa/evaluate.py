@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from losa import compare, data, distributed, model, sources
 from losa.errors import LosaError
+from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.tasks import harness
 
@@ -18,7 +19,7 @@ BATCH_TOKENS = 4096
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokens: Tensor, window: int, stride: int = 0) -> float:
+def perplexity(model: Any, tokens: Tensor, window: int, stride: int = 0, *, progress: Progress | None = None) -> float:
     """Perplexity of `tokens` (int64 [tokens]), read in windows that each start without context.
 
     stride 0: whole, non-overlapping windows, as published for WikiText-2; what does not fill one is left out. Otherwise a
@@ -41,13 +42,14 @@ def perplexity(model: Any, tokens: Tensor, window: int, stride: int = 0) -> floa
         parts = [(windows[:1], window - 1), (windows[1:], stride)]
         if rest := (len(tokens) - window) % stride:
             parts.append((tokens[None, len(windows) * stride :], rest))
-    total = sum(_loss(model, part, counted) for part, counted in parts if len(part))
+    progress = progress or Progress(quiet=True)
+    total = sum(_loss(model, part, counted, progress) for part, counted in parts if len(part))
     if not math.isfinite(total):
         raise LosaError("the model's output is not a number: the weights are damaged or overflow in this dtype")
     return math.exp(min(700.0, total / sum(len(part) * counted for part, counted in parts)))
 
 
-def _loss(model: Any, windows: Tensor, counted: int) -> float:
+def _loss(model: Any, windows: Tensor, counted: int, progress: Progress) -> float:
     """Sum of the losses of the last `counted` tokens of each window; windows int64 [windows, tokens].
 
     Several processes share the batches.
@@ -55,13 +57,23 @@ def _loss(model: Any, windows: Tensor, counted: int) -> float:
     device = next(model.parameters()).device
     batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     total = torch.zeros(1, dtype=torch.float64)
-    for index, counts in distributed.turns(len(batches)):
+    for index, counts in progress.track(list(distributed.turns(len(batches))), "perplexity", "batch"):
         ids = batches[index].to(device)
         logits = model(input_ids=ids, use_cache=False).logits[:, -counted - 1 : -1]
         losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, -counted:].flatten(), reduction="none")
         total += losses.double().sum().item() if counts else 0.0
     distributed.sum_([total])
     return total.item()
+
+
+def spread(tokens: Tensor, window: int, wanted: int) -> Tensor:
+    """About `wanted` of `tokens` (int64 [tokens]): whole windows, evenly spread over them, one at least; all if there are no more."""
+    if wanted >= len(tokens):
+        return tokens
+    window = min(window, wanted)
+    there, count = len(tokens) // window, wanted // window
+    chosen = [there * i // count for i in range(count)]
+    return torch.cat([tokens[i * window : (i + 1) * window] for i in chosen])
 
 
 @dataclass(frozen=True)
@@ -98,10 +110,12 @@ class Evaluation:
             raise LosaError("--batch-size and --max-new-tokens are at least 1, --limit and --stride at least 0")
 
 
-def evaluate(source: str, asked: Evaluation, recipe: Recipe, quiet: bool = True) -> dict[str, Any]:
+def evaluate(
+    source: str, asked: Evaluation, recipe: Recipe, quiet: bool = True, progress: Progress | None = None
+) -> dict[str, Any]:
     """What was asked of the model `source`: "perplexity"; "tasks" and "mean" as `harness.run` has them; "comparison" as `compare` has it.
 
-    recipe: device and dtype are read. Everything that can be known to be wrong is, before a model loads.
+    recipe: device and dtype are read. quiet: no bars of the harness's. Everything that can be known to be wrong is, before a model loads.
     """
     if asked.data:
         sources.check_source(asked.data, "evaluate")
@@ -118,11 +132,13 @@ def evaluate(source: str, asked: Evaluation, recipe: Recipe, quiet: bool = True)
         prompts = compare.read_prompts(asked.prompts, tokenizer, model.longest_text(config), asked.max_new_tokens)
         compare.check_tokenizers(source, tokenizer, asked.against)
     prepared = harness.prepare(names, asked.task_data)
-    subject = model.load(source, recipe)
-    model.check_finite(subject)
+    progress = progress or Progress(quiet=True)
+    with progress.working("loading"):
+        subject = model.load(source, recipe)
+        model.check_finite(subject)
     if asked.data:
         found |= {"data": asked.data, "tokens": len(tokens), "window": window, "stride": asked.stride}
-        found["perplexity"] = perplexity(subject, tokens, window, asked.stride)
+        found["perplexity"] = perplexity(subject, tokens, window, asked.stride, progress=progress)
     if prepared:
         found |= harness.run(subject, tokenizer, prepared, asked.limit, asked.batch_size, quiet)
     if asked.prompts:

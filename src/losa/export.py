@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from losa.checkpoint import MASKS, Checkpoint
+from losa import card
+from losa.checkpoint import MASKS, Checkpoint, weight_bytes
 from losa.errors import LosaError
-from losa.model import Subject, load_config
+from losa.model import Subject, folder_of, load_config
 from losa.recipe import Recipe
-from losa.run import FORMAT, Run, share, sync, versions, write_json, writing
+from losa.run import CARD, FORMAT, Run, share, sync, versions, write_json, writing
 from losa.sparse.linear import layouts_in
 
 
@@ -44,6 +45,8 @@ def save(
             save_file({name: mask.cpu() for name, mask in bits.items()}, staging / MASKS, {"losa": str(FORMAT)})
         if pairs is not None:
             _save_adapter(staging / "adapter", pairs, recipe, subject.source)
+        adapter = sum(path.stat().st_size for path in staging.glob("adapter/*"))
+        measurements["sparse"]["disk"] = weight_bytes(staging) + adapter
         summary = {
             "format": FORMAT,
             "command": recipe.command,
@@ -54,6 +57,10 @@ def save(
             "history": history,
         }
         write_json(staging / "losa.json", summary)
+        card.write(staging, summary, folder_of(subject.source))
+        if (run.output / CARD).exists() and CARD not in run.claimed:
+            (staging / CARD).replace(run.folder / CARD)
+            run.say(f"{run.output / CARD} is not losa's and stays; the model card is {run.folder / CARD}")
         run.claim([path.name for path in staging.iterdir()])
         for path in sorted(staging.iterdir(), key=lambda p: p.name == "losa.json"):
             for file in path.iterdir() if path.is_dir() else [path]:
@@ -65,7 +72,6 @@ def save(
         sync(run.output)
         staging.rmdir()
         run.drop_states()
-    run.log("finished", measurements=measurements)
     return run.output
 
 

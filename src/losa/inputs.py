@@ -17,6 +17,8 @@ from losa.run import check_output
 from losa.shrink import rehearse
 from losa.sparse.linear import layouts_in
 
+PROMPT_TOKENS = 32  # of a prompt cut out of the evaluation text
+
 
 @dataclass
 class Inputs:
@@ -25,6 +27,7 @@ class Inputs:
     calibration: Tensor  # int64 [samples, length]; empty where nothing is pruned
     examples: list[data.Example]
     evaluation: Tensor | None  # int64 [tokens]
+    prompts: list[str]
 
 
 def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = False, resume: bool = False) -> Any:
@@ -123,7 +126,25 @@ def read(recipe: Recipe, tokenizer: Any, config: Any) -> Inputs:
     if recipe.eval_data:
         window = model.reading_window(config, recipe.eval_window)
         evaluation = data.evaluation_tokens(recipe.eval_data, tokenizer, window, recipe.eval_tokens)
-    return Inputs(tokens, examples, evaluation)
+    return Inputs(tokens, examples, evaluation, _prompts(recipe, tokenizer, evaluation, model.longest_text(config)))
+
+
+def _prompts(recipe: Recipe, tokenizer: Any, evaluation: Tensor | None, longest: float) -> list[str]:
+    """The recipe's prompts, or two places of the evaluation text; [] if none are to be continued.
+
+    Raises LosaError for a prompt that leaves no room within the `longest` text the model reads.
+    """
+    if not recipe.sample_tokens:
+        return []
+    for prompt in recipe.prompts:
+        if (count := len(tokenizer(prompt)["input_ids"])) >= longest:
+            raise LosaError(f"prompts: {prompt!r:.40} has {count} tokens, the model reads at most {longest}")
+    if recipe.prompts or evaluation is None:
+        return recipe.prompts
+    size = int(min(PROMPT_TOKENS, longest // 2, len(evaluation)))
+    starts = {(len(evaluation) - size) * i // 3 for i in (1, 2)}
+    texts = [tokenizer.decode(evaluation[s : s + size], skip_special_tokens=True) for s in sorted(starts)]
+    return [text for text in texts if text.strip()]
 
 
 def fingerprint(subject: Subject, inputs: Inputs) -> dict[str, str]:

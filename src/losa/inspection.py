@@ -10,6 +10,7 @@ from losa import calibration, distributed, experts, masks, model, registry
 from losa.checkpoint import Checkpoint, weight_bytes
 from losa.errors import LosaError
 from losa.export import load_masks
+from losa.progress import Progress
 from losa.recipe import Recipe, from_settings
 from losa.recovery import distillation, footprint
 from losa.recovery.low_rank import MaskedLowRank
@@ -17,7 +18,7 @@ from losa.run import FORMAT, read_recipe
 from losa.sparse.linear import layouts_in
 
 
-def inspect(folder: Path) -> dict[str, Any]:
+def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Zeros of every prunable linear of a saved model, and what losa.json tells of its making, if losa made it.
 
     Of a structurally pruned model, the dense model's weights are counted, what is no more as zero. Reads one weight at a
@@ -48,7 +49,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     files = Checkpoint(folder, layouts, experts.stored(whole))
     ranks = made["history"][-1]["ranks"] if made else []
     described: list[dict[str, Any]] = []
-    for block in blocks:
+    for block in (progress or Progress(quiet=True)).track(blocks, "reading", "block"):
         linears = {}
         for name in block.linears:
             weight = files.weight(name)

@@ -62,6 +62,15 @@ class Subject:
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return int(pad if pad is not None else end)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the weights in the type they are saved in: what the model takes in memory, once loaded."""
+        tensors = {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}  # tied ones once
+        wide = self.stored.itemsize
+        return sum(
+            t.numel() * (min(wide, t.itemsize) if t.is_floating_point() else t.itemsize) for t in tensors.values()
+        )
+
     def wrap(self, make: Callable[[nn.Linear, int, float], "MaskedLinear"], recipe: Recipe, max_rank: int) -> None:
         """Put a masked linear in the place of every prunable one; those the recipe targets can hold ranks up to `max_rank`.
 
@@ -271,6 +280,27 @@ def locate(source: str) -> str:
         raise LosaError(f"{source!r} is not a model: it has no config.json")
     checkpoint.check_files(path)
     return str(path)
+
+
+def folder_of(source: str) -> Path | None:
+    """Where the files of a model are on this machine, if they are: nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        place = locate(source)
+        return Path(place) if Path(place).is_dir() else Path(snapshot_download(place, local_files_only=True))
+    except (LosaError, LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def disk_of(source: str) -> int | None:
+    """Bytes of the files of a model's weights, if they are on this machine."""
+    folder = folder_of(source)
+    try:
+        return checkpoint.weight_bytes(folder) if folder else None
+    except (LosaError, FileNotFoundError):  # part of a download
+        return None
 
 
 def load_config(source: str) -> Any:

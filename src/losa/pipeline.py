@@ -17,7 +17,6 @@ from losa import (
     calibration,
     data,
     distributed,
-    evaluate,
     evidence,
     export,
     gradients,
@@ -25,19 +24,20 @@ from losa import (
     model,
     ranks,
     registry,
-    sharding,
     structure,
+    usage,
 )
 from losa.allocators.base import Evidence
 from losa.errors import LosaError
 from losa.inputs import Inputs, allocation_samples, check, fingerprint, read
+from losa.measuring import measure, measure_step, sample
 from losa.model import Block, Subject
 from losa.progress import Progress
 from losa.pruners.base import Pruner
 from losa.pruning import of_all, prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings, load
 from losa.recovery.base import Recovery
-from losa.recovery.distillation import check_vocabulary, teacher_of
+from losa.recovery.distillation import Teacher, check_vocabulary, teacher_of
 from losa.recovery.low_rank import MaskedLowRank
 from losa.recovery.rate import settled
 from losa.recovery.reconstruction import reconstruct, sequences, target_of
@@ -64,7 +64,7 @@ class Dense:
 
     features: Tensor  # [blocks, tokens, hidden]: what each block put out, at a seeded sample of this process's tokens
     grams: Tensor  # float64 [blocks, n, n]; n = 0 if no allocator asks for them
-    perplexity: float | None
+    measured: dict[str, Any]  # perplexity, size
 
 
 @dataclass
@@ -164,14 +164,17 @@ def _start(
             run.resume(recipe, name)
             if run.finished:
                 return finished(run, recipe, tokenizer)
-        inputs = read(recipe, tokenizer, config)
-        loaded = model.load(source, recipe) if isinstance(source, str) else source
+        with run.phase("reading"):
+            inputs = read(recipe, tokenizer, config)
+        with run.phase("loading"):
+            loaded = model.load(source, recipe) if isinstance(source, str) else source
         subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
         if distributed.world() > 1:
             distributed.check_alike(fingerprint(subject, inputs))
         go = begin(subject, inputs)
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
             run.start(recipe, name, overwrite)
+        run.log("machine", **usage.machine(device_of(recipe)), dtype=str(loaded.dtype).removeprefix("torch."))
         return go(run)
     finally:
         run.close()
@@ -182,7 +185,7 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
     first = finetune(subject, recipe, inputs, run) if recipe.finetune_first else None
     dense = remember_dense(subject, recipe, inputs, run)
     subject.dense = copy.deepcopy(subject.model) if recipe.needs_dense_copy else None
-    subject.teacher = teacher_of(subject, recipe, inputs, run)
+    subject.teacher = teach(subject, recipe, inputs, run)
     subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.ranks else 0)
     if recipe.structured:
         structure.prepare(subject.blocks, recipe.build("pruner"))
@@ -192,22 +195,24 @@ def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Res
         began = time.monotonic()
         if step > state.done:
             rates = allocate(subject, recipe, step, inputs, dense, state, run)
-            errors, unreached = prune(subject, recipe, step, rates, inputs, dense, run)
+            with run.phase("pruning", step):
+                errors, unreached = prune(subject, recipe, step, rates, inputs, dense, run)
+            left = {"pruned": measure_step(subject, recipe, inputs, step, run)}
             chosen = set_ranks(subject, recipe, step, recipe.rank_by, errors) if recovery.ranks else []
             record = {"step": step, "rates": rates, "errors": errors, "ranks": chosen, "unreached": unreached}
-            state.history.append(record)
+            state.history.append(record | reached(subject) | {"perplexity": left})
             state.done = step
             distributed.check_alike(digests(subject))
             save(subject, state, run)
         rows = recipe.rows_of(step)
         examples = inputs.examples[rows.start : rows.stop]
-        rated = settled(subject, recovery, examples, recipe, step, state.history, run)
-        recovery.recover(subject, examples, rated, step, run)
+        recover_step(subject, recovery, examples, recipe, step, state.history, run)
+        if recovery.trains:
+            state.history[-1]["perplexity"]["recovered"] = measure_step(subject, recipe, inputs, step, run)
         tell(run, state.history[-1], recipe, time.monotonic() - began)
 
     distributed.check_alike(digests(subject))
-    measured = {"perplexity": dense.perplexity}
-    before = {"dense": measured} if first is None else {"dense": first, "finetuned": measured}
+    before = {"dense": dense.measured} if first is None else {"dense": first, "finetuned": dense.measured}
     return finish(subject, recipe, recovery, inputs, before, state, run)
 
 
@@ -222,20 +227,26 @@ def finish(
 ) -> Result:
     """Merge, measure, save. `before`: what was measured of the models that this one was made from."""
     if recovery.merges:
-        pairs, bits = None, subject.merge()
-        found = counted(bits, subject)
-        if recipe.structured:
-            bits, found["loads"] = shrink(subject, bits)
-        elif recipe.format == "packed":
-            bits, found["loads"] = pack(subject, bits, recipe, run)
-        perplexity = measure(subject, recipe, inputs)
+        with run.phase("merging"):
+            pairs, bits = None, subject.merge()
+            found = counted(bits, subject)
+            if recipe.structured:
+                bits, found["loads"] = shrink(subject, bits)
+            elif recipe.format == "packed":
+                bits, found["loads"] = pack(subject, bits, recipe, run)
+        found |= measure(subject, recipe, inputs, run)
+        sample(subject, recipe, inputs, "sparse", run)
     else:  # measured as it will be used: the sparse model with its pairs beside it
-        perplexity = measure(subject, recipe, inputs)
+        found = measure(subject, recipe, inputs, run)
+        sample(subject, recipe, inputs, "sparse", run)
         pairs, bits = export.take_pairs(subject), subject.merge()
-        found = counted(bits, subject)
+        found |= counted(bits, subject)
     subject.narrow()
-    measurements = {**before, "sparse": {"perplexity": perplexity, **found}}
-    path = export.save(subject, recipe, bits, pairs, measurements, state.history, run)
+    found["size"] = subject.size + sum(a.nbytes + b.nbytes for a, b in (pairs or {}).values())
+    measurements = {**before, "sparse": found}
+    with run.phase("saving"):
+        path = export.save(subject, recipe, bits, pairs, measurements, state.history, run)
+    run.log("finished", measurements=measurements)
     return Result(subject.model, subject.tokenizer, recipe, measurements, state.history, path)
 
 
@@ -249,24 +260,59 @@ def finetune(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> dict
     """
     seen = fingerprint(subject, inputs)
     saved = run.load("finetuned")
-    meta = saved.meta if saved else {"seen": seen, "perplexity": measure(subject, recipe, inputs), "history": [{}]}
+    meta: dict[str, Any] = saved.meta if saved else {"seen": seen, "history": [{}]}
     check_same(meta, seen)
+    if not saved:
+        meta["measured"] = first_look(subject, recipe, inputs, run)
+        run.log("dense", **meta["measured"])
     if saved and saved.tensors:
         for block in subject.blocks:
             for name, linear in block.linears.items():
                 linear.weight.data.copy_(saved.tensors[name])
-        return {"perplexity": meta["perplexity"]}
+        return dict(meta["measured"])
     run.save("finetuned", {}, meta)
     recovery, examples = MaskedLowRank(), [inputs.examples[row] for row in recipe.rows_of(0)]
     subject.wrap(recovery.layer, recipe, recipe.max_rank)
     set_ranks(subject, recipe, 0, "uniform", [])
-    rated = settled(subject, recovery, examples, recipe, 0, meta["history"], run)
-    recovery.recover(subject, examples, rated, 0, run)
+    recover_step(subject, recovery, examples, recipe, 0, meta["history"], run)
     subject.merge()
     subject.blocks = model.prunable(subject.model, recipe)
     weights = {name: linear.weight for block in subject.blocks for name, linear in block.linears.items()}
     run.save("finetuned", weights, meta)
-    return {"perplexity": meta["perplexity"]}
+    return dict(meta["measured"])
+
+
+def first_look(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> dict[str, Any]:
+    """What is measured of the model as it came; and samples of what it writes."""
+    sample(subject, recipe, inputs, "dense" if recipe.prunes else "before", run)
+    return measure(subject, recipe, inputs, run) | {"size": subject.size, "disk": model.disk_of(subject.source)}
+
+
+def teach(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Teacher | None:
+    """The teacher that the recipe asks for, if any."""
+    if not recipe.distill:
+        return None
+    with run.phase("teacher"):
+        return teacher_of(subject, recipe, inputs, run)
+
+
+def recover_step(
+    subject: Subject,
+    recovery: Recovery,
+    examples: list[data.Example],
+    recipe: Recipe,
+    step: int,
+    history: list[dict[str, Any]],
+    run: Run,
+) -> None:
+    """Recover on `examples`, at a learning rate that is searched for first if the recipe says so."""
+    if not recovery.trains:
+        return
+    if recipe.learning_rate == "auto":
+        with run.phase("learning rate", step):
+            recipe = settled(subject, recovery, examples, recipe, step, history, run)
+    with run.phase("recovery" if step else "fine-tuning", step):
+        recovery.recover(subject, examples, recipe, step, run)
 
 
 def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Dense:
@@ -276,19 +322,23 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
     if saved := run.load("dense"):
         check_same(saved.meta, seen)
         own = calibration.own_rows(positions, *inputs.calibration.shape)
-        return Dense(saved.tensors["features"][:, own], saved.tensors["grams"], saved.meta["perplexity"])
-    perplexity = measure(subject, recipe, inputs)
-    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
+        return Dense(saved.tensors["features"][:, own], saved.tensors["grams"], saved.meta["measured"])
+    if recipe.finetune_first:
+        measured = measure(subject, recipe, inputs, run) | {"size": subject.size}
+    else:
+        measured = first_look(subject, recipe, inputs, run)
     needs_grams = registry.get("allocator", recipe.allocator).needs == "grams" and recipe.kept.allocates
     features, grams = [], []
-    for block in run.track(subject.blocks, "dense model"):
-        stream.advance(block)
-        features.append(stream.sample(positions).cpu())
-        grams.append(stream.gram(allocation_samples(recipe)) if needs_grams else torch.empty(0, 0))
-    dense = Dense(torch.stack(features), torch.stack(grams), perplexity)
+    with run.phase("dense features"):
+        stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
+        for block in run.track(subject.blocks, "dense model"):
+            stream.advance(block)
+            features.append(stream.sample(positions).cpu())
+            grams.append(stream.gram(allocation_samples(recipe)) if needs_grams else torch.empty(0, 0))
+    dense = Dense(torch.stack(features), torch.stack(grams), measured)
     whole = distributed.collect(dense.features.transpose(0, 1)).transpose(0, 1).contiguous()
-    run.save("dense", {"features": whole, "grams": dense.grams}, {"perplexity": perplexity, "seen": seen})
-    run.log("dense", perplexity=perplexity)
+    run.log("finetuned" if recipe.finetune_first else "dense", **measured)  # first: what is saved is never done again
+    run.save("dense", {"features": whole, "grams": dense.grams}, {"measured": measured, "seen": seen})
     return dense
 
 
@@ -314,9 +364,11 @@ def allocate(
             seen = [dense.grams[unit.block.index] for unit in units]
         else:
             tokens = inputs.calibration[: allocation_samples(recipe)]
-            seen = evidence.gather(subject, recipe, allocator, step, units, floors, tokens, run)
+            with run.phase("rates", step):
+                seen = evidence.gather(subject, recipe, allocator, step, units, floors, tokens, run)
         known = Evidence(target, counts, floors, seen or None, pattern.spread)
         rates = allocator.rates(known)
+        run.log("rates", step=step, **allocator.explain(known))
     return dict(zip([unit.name for unit in units], pattern.settle(rates, counts, target, floors), strict=True))
 
 
@@ -348,6 +400,7 @@ def prune(
             reconstruct(block, stream, target, recipe, step, run)
         stream.advance(block)
         errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
+        run.note(f"error {errors[-1]:.3f}")
     return errors, unreached
 
 
@@ -412,6 +465,13 @@ def set_ranks(subject: Subject, recipe: Recipe, step: int, rank_by: str, errors:
     return chosen
 
 
+def reached(subject: Subject) -> dict[str, Any]:
+    """What the masks prune, of every block and of all their weights."""
+    rates, counts = [sparsity_of(block) for block in subject.blocks], [block.weights for block in subject.blocks]
+    mean = sum(rate * count for rate, count in zip(rates, counts, strict=True)) / sum(counts)
+    return {"sparsity": rates, "mean_sparsity": mean}
+
+
 def sparsity_of(block: Block) -> float:
     """The share of a block's prunable weights that its masks prune."""
     kept = sum(int(linear.mask.sum()) for linear in block.masked.values())
@@ -439,6 +499,7 @@ def save(subject: Subject, state: State, run: Run) -> None:
     for block in subject.blocks:
         for name, linear in block.masked.items():
             tensors |= {f"{name}:{key}": value for key, value in linear.state_dict().items()}
+    run.log("pruned", **state.history[-1])  # first: what is saved is never done again
     run.save("pruned", tensors, {"done": state.done, "history": state.history})
 
 
@@ -452,15 +513,6 @@ def restore(subject: Subject, run: Run) -> State:
             keys = linear.state_dict()
             linear.load_state_dict({key: saved.tensors.get(f"{name}:{key}", keys[key]) for key in keys})
     return State(saved.meta["done"], saved.meta["history"])
-
-
-def measure(subject: Subject, recipe: Recipe, inputs: Inputs) -> float | None:
-    """Perplexity on the evaluation text, None without one."""
-    if inputs.evaluation is None:
-        return None
-    window = model.reading_window(subject.model.config, recipe.eval_window)
-    with sharding.spread(subject, recipe) as whole:
-        return evaluate.perplexity(whole, inputs.evaluation, window)
 
 
 def counted(bits: dict[str, Tensor], subject: Subject) -> dict[str, Any]:

@@ -140,6 +140,14 @@ class Recipe:
     eval_window: int = setting(
         0, "tokens of eval_data that are read at once; 0 is all the model can read, 4096 at most (the paper's)"
     )
+    eval_step_tokens: int = setting(
+        8192,
+        "tokens, spread over eval_data, for the perplexity after every pruning and every recovery; 0 measures none",
+    )
+    prompts: list[str] = setting(
+        list, "texts that the model continues before and after, for the report, repeatable; default: two of eval_data"
+    )
+    sample_tokens: int = setting(64, "tokens of each continuation at most; 0 makes none")
     checkpoint_minutes: float = setting(5.0, "minutes between checkpoints during recovery")
     format: Literal["dense", "packed"] = setting(
         "dense",
@@ -209,11 +217,14 @@ class Recipe:
         for name in [*positive.split(), "micro_batch_size", "base_rank", "alpha", "clip", *others]:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require(self.mean_rank >= 1, "mean_rank", self.mean_rank, "at least 1: every adapted linear has a rank")
-        least = "rank_growth error_tokens reconstruct weight_decay eval_tokens eval_window checkpoint_minutes"
+        least = "rank_growth error_tokens reconstruct weight_decay eval_tokens eval_window checkpoint_minutes "
+        least += "eval_step_tokens sample_tokens"
         for name in least.split():
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require(self.eval_tokens != 1, "eval_tokens", self.eval_tokens, "at least 2, or 0 for all")
         _require(self.eval_window != 1, "eval_window", self.eval_window, "at least 2, or 0 for the model's")
+        _require(self.eval_step_tokens != 1, "eval_step_tokens", self.eval_step_tokens, "at least 2, or 0 for none")
+        _require("" not in self.prompts, "prompts", self.prompts, "texts that are not empty")
         for name in ("warmup", "last_step_share", "distill", "finetune_first"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(

@@ -15,12 +15,11 @@ from losa.checkpoint import MASKS, Checkpoint
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.inputs import Inputs, fingerprint
+from losa.measuring import measure_step
 from losa.model import Block, Subject
 from losa.pipeline import Result, State
 from losa.progress import Progress
 from losa.recipe import Recipe, from_settings, load
-from losa.recovery.distillation import teacher_of
-from losa.recovery.rate import settled
 from losa.repair_recipe import Repair
 from losa.run import Run
 
@@ -159,7 +158,7 @@ def _recover(subject: Subject, recipe: Recipe, inputs: Inputs, found: Found, run
     recovery = recipe.build("recovery")
     before = remember_pruned(subject, recipe, inputs, run)
     say_dense(found, run)
-    subject.teacher = teacher_of(subject, recipe, inputs, run)
+    subject.teacher = pipeline.teach(subject, recipe, inputs, run)
     subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.ranks else 0)
     state = pipeline.restore(subject, run)
     began = time.monotonic()
@@ -169,10 +168,11 @@ def _recover(subject: Subject, recipe: Recipe, inputs: Inputs, found: Found, run
                 linear.set_mask(masks.unpack(found.bits[name].to(linear.weight.device), linear.in_features))
         rates = {block.name: pipeline.sparsity_of(block) for block in subject.blocks if block.linears}
         ranks = pipeline.set_ranks(subject, recipe, 1, recipe.rank_by, []) if recovery.ranks else []
-        state = State(1, [{"step": 1, "rates": rates, "errors": [], "ranks": ranks, "unreached": []}])
+        record = {"step": 1, "rates": rates, "errors": [], "ranks": ranks, "unreached": []}
+        state = State(1, [record | pipeline.reached(subject) | {"perplexity": {}}])
         pipeline.save(subject, state, run)
-    rated = settled(subject, recovery, inputs.examples, recipe, 1, state.history, run)
-    recovery.recover(subject, inputs.examples, rated, 1, run)
+    pipeline.recover_step(subject, recovery, inputs.examples, recipe, 1, state.history, run)
+    state.history[-1]["perplexity"]["recovered"] = measure_step(subject, recipe, inputs, 1, run)
     pipeline.tell(run, state.history[-1], recipe, time.monotonic() - began)
     return pipeline.finish(subject, recipe, recovery, inputs, {"before": before}, state, run)
 
@@ -182,10 +182,10 @@ def remember_pruned(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) 
     seen = fingerprint(subject, inputs)
     if saved := run.load("before"):
         pipeline.check_same(saved.meta, seen)
-        return {key: saved.meta[key] for key in ("perplexity", "sparsity")}
-    measured = {"perplexity": pipeline.measure(subject, recipe, inputs), "sparsity": recipe.sparsity}
-    run.save("before", {}, {**measured, "seen": seen})
+        return {key: value for key, value in saved.meta.items() if key != "seen"}
+    measured = pipeline.first_look(subject, recipe, inputs, run) | {"sparsity": recipe.sparsity}
     run.log("before", **measured)
+    run.save("before", {}, {**measured, "seen": seen})
     return measured
 
 

@@ -1,7 +1,8 @@
 """The run directory: what is saved when, atomically, so that a killed run goes on as if it had never stopped.
 
 DIR/run/recipe.json    what was asked, of which model, with which versions
-DIR/run/log.jsonl      one line an event
+DIR/run/log.jsonl      one line an event, as they came: started, machine, begins and phase (seconds and peak memory of a
+                       part of the work), dense, samples, rates, pruned, update, step, finished ...
 DIR/run/files.json     what of DIR/* is losa's
 DIR/run/finetuned.*    the dense model's linears, if it is fine-tuned first
 DIR/run/dense.*        measurements of the dense model: features, Gram matrices, perplexity
@@ -33,10 +34,14 @@ from losa import distributed
 from losa.errors import LosaError
 from losa.progress import Progress
 from losa.recipe import Recipe
+from losa.usage import Usage
 
 T = TypeVar("T")
 VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "datasets")
 CLAIMED = "files.json"
+CARD = "README.md"
+REPORT = "report.html"
+REPORT_MARK = b"<!doctype html><!-- a report of losa -->"  # how a report begins
 STATES = ("finetuned", "dense", "before", "pruned", "rate", "recovery")
 FORMAT = 1  # of the run directory; a reader refuses others
 
@@ -58,6 +63,7 @@ class Run:
         self.writes = output is not None and distributed.leads()
         self._saved_at = time.monotonic()
         self._lock: int | None = None
+        self._early: list[str] | None = []  # what is to be logged once there is a folder
 
     def start(self, recipe: Recipe, source: str, overwrite: bool = False) -> None:
         """Begin in `output`. Raises LosaError if something is there that may not be replaced, or it cannot be written."""
@@ -69,7 +75,7 @@ class Run:
             self._take_lock()
             _remove(self.output)
             write_json(self.folder / "recipe.json", asked)
-        self.log("started", **asked)
+        self._begin_log("started", asked)
 
     def resume(self, recipe: Recipe, source: str) -> None:
         """Go on with what `output` holds. Raises LosaError if it holds no run, or one with other settings."""
@@ -83,7 +89,11 @@ class Run:
             self._take_lock()
             for left in [*self.folder.glob("*.new"), *self.folder.glob("export")]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        self.log("resumed", **asked)
+            log = self.folder / "log.jsonl"
+            if log.is_file() and not log.read_bytes().endswith(b"\n"):  # killed in the middle of a line
+                with log.open("a") as file:
+                    file.write("\n")
+        self._begin_log("resumed", asked)
 
     @property
     def folder(self) -> Path:
@@ -114,6 +124,7 @@ class Run:
             raise LosaError(f"{self.output} is in use by another losa: wait for it, or choose another output") from None
 
     def close(self) -> None:
+        self.progress.stop()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -165,10 +176,14 @@ class Run:
         for name in (*STATES, *teachers):
             self.path(name).unlink(missing_ok=True)
 
+    @property
+    def claimed(self) -> list[str]:
+        """The names in `output` that are losa's."""
+        return _claimed(self.folder) if (self.folder / CLAIMED).is_file() else []
+
     def claim(self, names: list[str]) -> None:
         """Say which names in `output` are losa's, before they are put there; --overwrite takes away these and no others."""
-        known = _claimed(self.folder) if (self.folder / CLAIMED).is_file() else []
-        write_json(self.folder / CLAIMED, sorted({*known, *names}))
+        write_json(self.folder / CLAIMED, sorted({*self.claimed, *names}))
 
     def checkpoint_due(self, minutes: float) -> bool:
         """Whether so much time has passed since something was saved."""
@@ -177,16 +192,41 @@ class Run:
     # ------------------------------------------------------------------------------------------------------ telling
 
     def log(self, event: str, **fields: Any) -> None:
-        """Add a line to log.jsonl."""
+        """Add a line to log.jsonl, once there is one: before, it is kept for then."""
         if not self.writes:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+        if self._early is not None:
+            self._early.append(line)
+        else:
+            self._write(line)
+
+    def _begin_log(self, event: str, asked: dict[str, Any]) -> None:
+        early, self._early = self._early or [], None
+        self.log(event, **asked)
+        for line in early:
+            self._write(line)
+
+    def _write(self, line: str) -> None:
         with writing(self.folder), (self.folder / "log.jsonl").open("a") as file:
             file.write(line + "\n")
 
-    def track(self, items: Sequence[T], what: str, done: int = 0) -> Iterator[T]:
-        """`items` one by one, showing how far and how long; `done` came before."""
-        return self.progress.track(items, what, done)
+    @contextmanager
+    def phase(self, name: str, step: int | None = None) -> Iterator[None]:
+        """A part of the work: logged when it begins, and with what it took when it ends well. Phases do not nest."""
+        where = {"phase": name} if step is None else {"phase": name, "step": step}
+        self.log("begins", **where)
+        with self.progress.working(name if step is None else f"step {step}: {name}"), Usage() as usage:
+            yield
+        self.log("phase", **where, **usage.found)
+
+    def track(self, items: Sequence[T], what: str, unit: str = "block", done: int = 0) -> Iterator[T]:
+        """`items` (each a `unit`) one by one, showing how far and how long; `done` came before."""
+        return self.progress.track(items, what, unit, done)
+
+    def note(self, text: str) -> None:
+        """What to say of the present item."""
+        self.progress.note(text)
 
     def say(self, line: str) -> None:
         self.progress.say(line)
@@ -266,11 +306,35 @@ def _remove(output: Path) -> None:
     (output / "losa.json").unlink(missing_ok=True)
     folder = output / "run"
     ours = [output / name for name in _claimed(folder)] if (folder / CLAIMED).is_file() else []
+    ours += [output / REPORT] if is_report(output / REPORT) else []
     for path in [*ours, *(path for path in folder.iterdir() if path.name not in ("lock", "recipe.json"))]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def in_use(output: Path) -> bool:
+    """Whether a losa is at work in `output`."""
+    try:
+        lock = os.open(output / "run" / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)  # and the lock with it, if it was to be had
+    return False
+
+
+def is_report(path: Path) -> bool:
+    """Whether that is a page that `losa report` wrote."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(REPORT_MARK)) == REPORT_MARK
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -39,6 +39,10 @@ class Allocator(ABC):
 
     @abstractmethod
     def rates(self, evidence: Evidence) -> list[float]: ...
+
+    def explain(self, evidence: Evidence) -> dict[str, Any]:
+        """What the rates were made from, for people: small, as JSON has it, by a name that the report knows."""
+        return {}
 
     def digest(self, scores: torch.Tensor) -> torch.Tensor:
         """What is kept of a unit's scores, a flat fp32 tensor."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from losa.allocators.base import ALMOST_ALL, Allocator, Evidence, balanced, water_level
 from losa.errors import LosaError
@@ -47,6 +48,11 @@ class MeasuredError(Allocator):
             rates[unit] = min(to, rates[unit] + step)
             left -= step * evidence.counts[unit]
         return balanced(rates, evidence)
+
+    def explain(self, evidence: Evidence) -> dict[str, Any]:
+        """Of every unit, the rates that were tried and its error at each."""
+        assert evidence.seen is not None
+        return {"probes": [table.tolist() for table in evidence.seen]}
 
 
 def lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

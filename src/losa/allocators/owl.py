@@ -1,6 +1,7 @@
 """OWL: a unit with more outliers among its scores is pruned less (Yin et al., arXiv 2310.05175)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,3 +34,8 @@ class OWL(Allocator):
         half = next(h for h in (self.half_range, evidence.spread, 0.08) if h is not None)
         low, width = min(shares), max(max(shares) - min(shares), 1e-300)
         return balanced([evidence.target - 2 * half * (share - low) / width for share in shares], evidence)
+
+    def explain(self, evidence: Evidence) -> dict[str, Any]:
+        """The share of outliers of every unit."""
+        assert evidence.seen is not None
+        return {"outliers": [float(share) for share in evidence.seen]}

@@ -1,6 +1,7 @@
 """Representation mutual information: blocks that repeat the others are pruned more (paper, section 2.2)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -66,6 +67,11 @@ class RMI(Allocator):
         low = [max(lowest, floor) for floor in evidence.floors]
         high = [max(bound, target, min(ALMOST_ALL, target + delta)) for bound in low]
         return solve_box(cost, evidence.counts, target, low, high)
+
+    def explain(self, evidence: Evidence) -> dict[str, Any]:
+        """The RMI of every pair of units, [L, L]."""
+        assert evidence.seen is not None
+        return {"rmi": [[round(value, 6) for value in row] for row in rmi_matrix(evidence.seen).tolist()]}
 
 
 def default_delta(target: float) -> float:

@@ -12,8 +12,6 @@ from losa.pipeline import compress
 from losa.progress import Progress
 from losa.run import check_output
 
-PROMPT = "def read_config(path):\n    with open(path) as file:"
-
 
 def demo(output: Path, sparsity: float | None, overwrite: bool, progress: Progress) -> dict[str, Any]:
     """Compress the built-in model twice, without recovery in output/pruned and with LoSA in output/losa.
@@ -50,12 +48,13 @@ def demo(output: Path, sparsity: float | None, overwrite: bool, progress: Progre
         "LoSA": losa.measurements["sparse"] | {"bytes": weight_bytes(output / "losa")},
     }
     models = {"dense": dense, "pruned only": pruned.model, "LoSA": losa.model}
-    samples = {name: continuation(model, losa.tokenizer) for name, model in models.items()}
-    return {"output": str(output / "losa"), "models": lines, "prompt": PROMPT, "samples": samples}
+    prompt = settings.prompts[0]
+    samples = {name: continuation(model, losa.tokenizer, prompt) for name, model in models.items()}
+    return {"output": str(output / "losa"), "models": lines, "prompt": prompt, "samples": samples}
 
 
-def continuation(model: Any, tokenizer: Any) -> str:
+def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
     """What the model makes of the prompt; a seeded sample, since the likeliest tokens of so small a model soon repeat."""
-    inputs = tokenizer(PROMPT, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt")
     ids = continued(model, tokenizer, inputs, 60, seed=0, do_sample=True, temperature=0.6, top_p=0.9)
     return str(tokenizer.decode(ids, skip_special_tokens=True))

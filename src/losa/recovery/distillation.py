@@ -172,7 +172,7 @@ def cached(live: Live, examples: list[data.Example], pad_id: int, recipe: Recipe
     missing = [number for number in range(len(starts)) if not run.path(_shard(number)).is_file()]
     missing = distributed.gather(missing)[0]  # rank 0's, which writes them
     device = next(live.model.parameters()).device
-    for number in run.track(missing, "the teacher's predictions", done=len(starts) - len(missing)):
+    for number in run.track(missing, "the teacher's predictions", "part", done=len(starts) - len(missing)):
         rows = range(starts[number], min(starts[number] + SHARD, len(examples)))
         own = distributed.share(len(rows))
         top = min(recipe.teacher_top, live.vocabulary)

@@ -40,7 +40,7 @@ def train(
     first = recipe.rows_of(step).start
     with footprint.prepared(subject, recipe, parameters.values()) as (whole, optimizer):
         done = _restore(run, step, parameters, optimizer, between)
-        for update in run.track(range(done, len(batches)), f"step {step}/{recipe.steps}: recovery", done=done):
+        for update in run.track(range(done, len(batches)), f"step {step}/{recipe.steps}: recovery", "update", done):
             rate = recipe.peak_rate * share_of_peak(update, len(batches), recipe.warmup)
             optimizer.param_groups[0]["lr"] = rate
             rows = [first + i for i in batches[update]]
@@ -55,6 +55,7 @@ def train(
             optimizer.step()
             between.updated(update)
             optimizer.zero_grad()
+            run.note(f"loss {loss:.3f}")
             run.log("update", step=step, update=update + 1, of=len(batches), loss=loss, norm=float(norm), rate=rate)
             if run.checkpoint_due(recipe.checkpoint_minutes):
                 _save(run, step, update + 1, parameters, optimizer, between)

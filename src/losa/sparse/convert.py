@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losa import masks, model
+from losa import card, masks, model
 from losa.checkpoint import INDEX, MASKS, SINGLE, Checkpoint, files_of, weight_bytes
 from losa.errors import LosaError
 from losa.export import load_masks
-from losa.run import FORMAT, share, sync, write_bytes, write_json, writing
+from losa.run import CARD, FORMAT, share, sync, write_bytes, write_json, writing
+from losa.shrink import OURS, PLAIN
 from losa.sparse.linear import describe, layouts_in
 from losa.sparse.packed import FLOATS, SUFFIXES, Layout, Packed, pack, unpack
 from losa.widths import named
@@ -70,7 +71,7 @@ def convert(
         if kept:
             writer.save(kept, MASKS, {"losa": str(FORMAT)})
         _copy_rest(source, staging, describe(made) if made else None)
-        _note(staging, {"from": str(folder), "format": form, "values": values})
+        _note(staging, source, {"from": str(folder), "format": form, "values": values}, OURS if made else PLAIN)
     return {
         "output": str(output),
         "linears": len(linears),
@@ -181,7 +182,7 @@ class _Writer:
 
 def _copy_rest(source: Path, target: Path, stored: dict[str, Any] | None) -> None:
     """All files but weights, and config.json with `stored` for its quantization_config, or none."""
-    ours = {path.name for path in files_of(source)} | {INDEX, MASKS, "config.json"}
+    ours = {path.name for path in files_of(source)} | {INDEX, MASKS, CARD, "config.json"}
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in ours and path.suffix not in WEIGHTS and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
@@ -193,11 +194,18 @@ def _copy_rest(source: Path, target: Path, stored: dict[str, Any] | None) -> Non
     write_bytes(target / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _note(target: Path, what: dict[str, str]) -> None:
-    """Say in losa.json, if there is one, that what it tells was of the model before this."""
+def _note(target: Path, source: Path, what: dict[str, str], loads: str) -> None:
+    """Say in losa.json, if there is one, that what it tells was of the model before this; and a card of its own."""
     path = target / "losa.json"
     if path.is_file():
-        write_json(path, json.loads(path.read_text()) | {"exported": what})
+        made = json.loads(path.read_text()) | {"exported": what}
+        write_json(path, made)
+        if made["format"] == FORMAT:
+            shown = made | {"recipe": made["recipe"] | {"format": what["format"], "values": what["values"]}}
+            shown["measurements"] = made["measurements"] | {"sparse": made["measurements"]["sparse"] | {"loads": loads}}
+            card.write(target, shown, source)
+            return
+    card.write_exported(target, source, what["format"], what["values"], loads)
 
 
 @contextmanager

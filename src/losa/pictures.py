@@ -1,0 +1,459 @@
+"""The pictures of a report: each a plotly figure, with the numbers behind it as a table.
+
+Of one run, steps are told apart by shade; of several, runs by colour, each as it was at its last step. Colours are given
+by name (`meta`), because the page paints them for light or dark.
+"""
+
+import html
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from losa.errors import LosaError
+from losa.story import NAMES, Story
+
+Table = list[Sequence[Any]]
+PHASES = {  # as they come; what each takes part in
+    "reading": "reading data",
+    "loading": "loading the model",
+    "samples": "writing samples",
+    "perplexity": "perplexity",
+    "teacher": "the teacher's predictions",
+    "fine-tuning": "fine-tuning",
+    "dense features": "dense features",
+    "rates": "rates by block",
+    "pruning": "pruning",
+    "learning rate": "trying learning rates",
+    "recovery": "recovery",
+    "merging": "merging",
+    "saving": "saving",
+}
+
+
+@dataclass
+class Picture:
+    """`rows` under `columns` are what `figure` (plotly's JSON) shows."""
+
+    id: str
+    title: str
+    note: str
+    figure: dict[str, Any]
+    columns: list[str]
+    rows: Table
+
+
+def pictures(stories: list[Story]) -> list[list[Picture]]:
+    """Every picture that the runs have something to show in, in reading order; those that belong together in a row."""
+    rows = ([training], [sparsity, deviation], [rmi, evidence, errors, ranks], [seconds, memory])
+    made = [[picture for make in makers if (picture := make(stories)) is not None] for makers in rows]
+    return [row for row in made if row]
+
+
+def training(stories: list[Story]) -> Picture | None:
+    """Loss of every update; perplexity after every pruning and every recovery."""
+    go, subplots = _plotly()
+    figure = subplots.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07, row_heights=[0.55, 0.45])
+    rows: Table = []
+    for number, story in enumerate(stories):
+        starts, end = _starts(story)
+        named = {"dense": 0, "finetuned": starts[1], "before": 0}
+        points = [
+            (named[name], NAMES[name], found.get("sample_perplexity"))
+            for name, found in story.measurements.items()
+            if name in NAMES
+        ]
+        for record in story.history:
+            at, found = starts.get(record["step"], end), record["perplexity"]
+            points.append((at, f"pruned, step {record['step']}", found.get("pruned")))
+            if "recovered" in found:
+                done = starts.get(record["step"] + 1, end)
+                points.append((done, f"recovered, step {record['step']}", found["recovered"]))
+        points = [point for point in points if point[2] is not None]
+        places = [starts[update["step"]] + update["update"] for update in story.updates]
+        losses = [update["loss"] for update in story.updates]
+        look = _look(number, stories)
+        if losses:
+            legend = {"legendgroup": f"run {number}", "name": _label(story.name)}
+            thin = {
+                "line": {"width": 1},
+                "opacity": 0.4,
+                "hovertemplate": "update %{x}: %{y:.3f}" + _extra(stories),
+                "showlegend": False,
+            }
+            figure.add_trace(go.Scatter(x=places, y=losses, mode="lines", meta=look, **thin, **legend), row=1, col=1)
+            smooth = {
+                "line": {"width": 2.5},
+                "hovertemplate": "mean around update %{x}: %{y:.3f}" + _extra(stories),
+            }
+            several = len(stories) > 1
+            figure.add_trace(
+                go.Scatter(
+                    x=places, y=_smoothed(losses), mode="lines", meta=look, showlegend=several, **smooth, **legend
+                ),
+                row=1,
+                col=1,
+            )
+        if len(points) > 1:
+            x, names, y = zip(*points, strict=True)
+            figure.add_trace(
+                go.Scatter(
+                    x=x,
+                    y=y,
+                    text=names,
+                    mode="lines+markers",
+                    meta=look,
+                    showlegend=not losses and len(stories) > 1,
+                    name=_label(story.name),
+                    hovertemplate="%{text}: %{y:.2f}" + _extra(stories),
+                    marker={"size": 7},
+                ),
+                row=2,
+                col=1,
+            )
+        for update, x_ in zip(story.updates, places, strict=True):
+            rows.append((story.name, x_, f"step {update['step']}", "loss", update["loss"]))
+        rows += [(story.name, x_, name, "perplexity", value) for x_, name, value in points]
+        if len(stories) == 1:
+            for record in story.history:
+                _boundary(figure, starts.get(record["step"], end), record["mean_sparsity"])
+    if not rows:
+        return None
+    figure.update_yaxes(title_text="loss (nats a token)", row=1, col=1)
+    figure.update_yaxes(title_text="perplexity", row=2, col=1)
+    figure.update_xaxes(title_text="updates of recovery", row=2, col=1)
+    note = "Loss of every update and its running mean; perplexity after every pruning and every recovery"
+    note += ". The model was pruned to the share shown at the dotted lines." if len(stories) == 1 else "."
+    columns = ["run", "update", "when", "what", "value"]
+    return _picture("training", "Loss and perplexity", note, figure, columns, rows, height=480)
+
+
+def sparsity(stories: list[Story]) -> Picture | None:
+    note = "Share of each block's weights that is pruned, counted from the masks"
+    return _by_block(
+        stories, "sparsity", "Sparsity of each block", note, "pruned (%)", lambda record: _percent(record["sparsity"])
+    )
+
+
+def deviation(stories: list[Story]) -> Picture | None:
+    def differences(record: dict[str, Any]) -> list[float]:
+        return _percent([rate - record["mean_sparsity"] for rate in record["sparsity"]])
+
+    note = "The same, as what each block has more or less than all of them together"
+    title = "Sparsity against the mean"
+    return _by_block(stories, "deviation", title, note, "difference (percentage points)", differences, zero=True)
+
+
+def ranks(stories: list[Story]) -> Picture | None:
+    note = "Rank of the low-rank pairs that repair a block; a larger error gets a higher rank"
+    if any(story.recipe.get("rank_by") != "error" for story in stories):
+        note = "Rank of the low-rank pairs that repair a block"
+    return _by_block(stories, "ranks", "Rank of each block", note, "rank", lambda record: record["ranks"])
+
+
+def errors(stories: list[Story]) -> Picture | None:
+    note = "How far each block's output is from the dense model's right after pruning, relative to its size"
+    title = "Reconstruction error"
+    return _by_block(stories, "errors", title, note, "error (relative, squared)", lambda record: record["errors"])
+
+
+def rmi(stories: list[Story]) -> Picture | None:
+    """RMI of every pair of blocks; a slider goes through the steps, or the runs."""
+    go, _ = _plotly()
+    found: list[tuple[str, list[list[float]]]] = []
+    for story in stories:
+        steps = [(step, seen["rmi"]) for step, seen in sorted(story.evidence.items()) if "rmi" in seen]
+        if len(stories) > 1:
+            found += [(story.name, matrix) for _, matrix in steps[-1:]]
+        else:
+            found += [(f"step {step}", matrix) for step, matrix in steps]
+    if not found:
+        return None
+    low = min(value for _, matrix in found for row in matrix for value in row)
+    figure = go.Figure()
+    for number, (_, matrix) in enumerate(found):
+        figure.add_trace(
+            go.Heatmap(
+                z=matrix,
+                zmin=low,
+                zmax=1,
+                visible=number == len(found) - 1,
+                meta={"scale": True},
+                colorbar={"thickness": 8, "xpad": 4},
+                hovertemplate="blocks %{x} and %{y}: %{z:.3f}<extra></extra>",
+            )
+        )
+    if len(found) > 1:
+        steps_ = [
+            {
+                "label": _label(label),
+                "method": "restyle",
+                "args": [{"visible": [other == number for other in range(len(found))]}],
+            }
+            for number, (label, _) in enumerate(found)
+        ]
+        figure.update_layout(sliders=[{"active": len(found) - 1, "steps": steps_, "pad": {"t": 42}, "len": 1}])
+    figure.update_xaxes(title_text="block", dtick=_tick(len(found[-1][1])), constrain="domain", showgrid=False)
+    figure.update_yaxes(
+        title_text="block", dtick=_tick(len(found[-1][1])), scaleanchor="x", autorange="reversed", showgrid=False
+    )
+    rows: Table = [
+        (label, one, other, value)
+        for label, matrix in found
+        for one, row in enumerate(matrix)
+        for other, value in enumerate(row)
+    ]
+    note = "How much two blocks' outputs tell the same; a block that repeats the others is pruned more"
+    columns = ["run" if len(stories) > 1 else "step", "block", "other block", "RMI"]
+    return _picture("rmi", "What blocks share (RMI)", note, figure, columns, rows)
+
+
+def evidence(stories: list[Story]) -> Picture | None:
+    """What allocators other than RMI saw: shares of outliers, or the error at each rate tried."""
+    kinds = {
+        kind for story in stories for seen in story.evidence.values() for kind in ("outliers", "probes") if kind in seen
+    }
+    if len(kinds) != 1 or (kinds == {"probes"} and len(stories) > 1):
+        return None
+    if kinds == {"outliers"}:
+        note = "Share of a unit's scores that stand far above its mean; a unit with more outliers is pruned less"
+        return _lines(
+            stories,
+            "outliers",
+            "Outliers",
+            note,
+            ("block or linear, in order", "outliers (%)"),
+            lambda story: {
+                step: _percent(seen["outliers"]) for step, seen in story.evidence.items() if "outliers" in seen
+            },
+        )
+    go, _ = _plotly()
+    story, figure = stories[0], go.Figure()
+    rows: Table = []
+    step = max(story.evidence)
+    units = list(story.history[step - 1]["rates"]) if len(story.history) >= step else []
+    probes = story.evidence[step]["probes"]
+    for number, (rates, found) in enumerate(probes):
+        name = units[number] if units else f"unit {number}"
+        shade = {"shade": number / max(1, len(probes) - 1)}
+        hover = "%{x}% pruned: %{y:.4g}"
+        figure.add_trace(
+            go.Scatter(
+                x=_percent(rates), y=found, name=_label(name), meta=shade, mode="lines+markers", hovertemplate=hover
+            )
+        )
+        rows += [(name, rate, error) for rate, error in zip(rates, found, strict=True)]
+    figure.update_layout(showlegend=len(probes) <= 12)
+    figure.update_xaxes(title_text="pruned (%)")
+    figure.update_yaxes(title_text="error (relative, squared)")
+    note = f"Error of each unit at the rates tried in step {step}; where it costs least, more is pruned"
+    return _picture("probes", "What pruning costs", note, figure, ["unit", "rate", "error"], rows)
+
+
+def seconds(stories: list[Story]) -> Picture | None:
+    """Where the time went: bars by phase, of one run split by step."""
+    go, _ = _plotly()
+    figure = go.Figure()
+    rows: Table = []
+    order = _phases(stories)
+    for number, story in enumerate(stories):
+        steps = sorted({phase.get("step", 0) for phase in story.phases}) if len(stories) == 1 else [None]
+        for step in steps:
+            spent = {
+                name: sum(
+                    phase["seconds"]
+                    for phase in story.phases
+                    if phase["phase"] == name and step in (None, phase.get("step", 0))
+                )
+                for name in order
+            }
+            named = story.name if step is None else str(step) if step else "once"
+            look = _look(number, stories) if step is None else {"shade": step / max(1, *steps), "fill": True}
+            figure.add_trace(
+                go.Bar(
+                    y=[PHASES.get(name, name) for name in order],
+                    x=list(spent.values()),
+                    name=_label(named),
+                    orientation="h",
+                    meta=look | {"fill": True},
+                    hovertemplate="%{y}: %{x:.1f} s" + (f"<extra>step {step}</extra>" if step else ""),
+                )
+            )
+            rows += [(named, PHASES.get(name, name), value) for name, value in spent.items() if value]
+    if not rows:
+        return None
+    single = len(stories) == 1
+    figure.update_layout(
+        barmode="stack" if single else "group", bargap=0.3, legend_title_text="step" if single else None
+    )
+    figure.update_xaxes(title_text="seconds")
+    figure.update_yaxes(autorange="reversed")
+    columns = ["step" if single else "run", "phase", "seconds"]
+    return _picture("seconds", "Where the time went", "Seconds of each phase", figure, columns, rows)
+
+
+def memory(stories: list[Story]) -> Picture | None:
+    """Peak of memory by phase: of the process, and of the device if there was one."""
+    go, _ = _plotly()
+    figure = go.Figure()
+    rows: Table = []
+    order = _phases(stories)
+    for number, story in enumerate(stories):
+        for kind, what in (("memory", "process"), ("device_memory", "device")):
+            peaks = {
+                name: max((p[kind] for p in story.phases if p["phase"] == name and p.get(kind)), default=None)
+                for name in order
+            }
+            if not any(peaks.values()):
+                continue
+            look = _look(number, stories) if len(stories) > 1 else {"color": 0 if kind == "memory" else 1}
+            named = f"{story.name}, {what}" if len(stories) > 1 else what
+            figure.add_trace(
+                go.Bar(
+                    y=[PHASES.get(name, name) for name in order],
+                    x=[peak and peak / 1e9 for peak in peaks.values()],
+                    name=_label(named),
+                    orientation="h",
+                    meta=look | {"fill": True},
+                    hovertemplate="%{y}: %{x:.3f} GB",
+                )
+            )
+            rows += [(named, PHASES.get(name, name), peak) for name, peak in peaks.items() if peak]
+    if not rows:
+        return None
+    figure.update_layout(barmode="group", bargap=0.3)
+    figure.update_xaxes(title_text="GB at its peak")
+    figure.update_yaxes(autorange="reversed")
+    note = "The most memory that was held in each phase, libraries and mapped files included"
+    return _picture("memory", "Where the memory went", note, figure, ["whose", "phase", "bytes"], rows)
+
+
+# ------------------------------------------------------------------------------------------------------- the parts
+
+
+def _by_block(
+    stories: list[Story],
+    id_: str,
+    title: str,
+    note: str,
+    axis: str,
+    values: Callable[[dict[str, Any]], list[Any]],
+    zero: bool = False,
+) -> Picture | None:
+    def of(story: Story) -> dict[int, list[Any]]:
+        return {record["step"]: values(record) for record in story.history if values(record)}
+
+    return _lines(stories, id_, title, note, ("block", axis), of, zero)
+
+
+def _lines(
+    stories: list[Story],
+    id_: str,
+    title: str,
+    note: str,
+    axes: tuple[str, str],
+    of: Callable[[Story], dict[int, list[Any]]],
+    zero: bool = False,
+) -> Picture | None:
+    """A line a step over the blocks; of several runs, a line each, of the last step."""
+    go, _ = _plotly()
+    figure, longest = go.Figure(), 0
+    rows: Table = []
+    for number, story in enumerate(stories):
+        lines = sorted(of(story).items())
+        for step, values in lines if len(stories) == 1 else lines[-1:]:
+            named = story.name if len(stories) > 1 else str(step)
+            look = _look(number, stories) if len(stories) > 1 else {"shade": step / max(1, len(lines))}
+            where = "block %{x}: %{y:.4g}" + ("" if len(stories) > 1 else f"<extra>step {step}</extra>")
+            figure.add_trace(
+                go.Scatter(
+                    x=list(range(len(values))),
+                    y=values,
+                    name=_label(named),
+                    mode="lines+markers",
+                    meta=look,
+                    marker={"size": 6 if len(values) <= 48 else 3},
+                    hovertemplate=where,
+                )
+            )
+            rows += [(named, block, value) for block, value in enumerate(values)]
+            longest = max(longest, len(values))
+    if not rows:
+        return None
+    figure.update_xaxes(title_text=axes[0], dtick=_tick(longest), range=[-0.4, longest - 0.6])
+    figure.update_yaxes(title_text=axes[1], zeroline=zero)
+    figure.update_layout(legend_title_text="step" if len(stories) == 1 else None)
+    columns = ["run" if len(stories) > 1 else "step", "block", axes[1]]
+    return _picture(id_, title, note + ".", figure, columns, rows)
+
+
+def _picture(
+    id_: str,
+    title: str,
+    note: str,
+    figure: Any,
+    columns: list[str],
+    rows: Table,
+    height: int = 340,
+) -> Picture:
+    figure.update_layout(height=height, template=None)
+    figure.update_traces(selector={"type": "scatter"}, cliponaxis=False)
+    note = note if note.endswith(".") else note + "."
+    return Picture(id_, title, note, figure.to_plotly_json(), columns, rows)
+
+
+def _starts(story: Story) -> tuple[dict[int, int], int]:
+    """How many updates were made before each step, and in all."""
+    starts, made = {}, 0
+    for step in range(int(story.recipe.get("steps", 1)) + 1):  # step 0 is fine-tuning, if there is any
+        starts[step] = made
+        made += max((update["of"] for update in story.updates if update["step"] == step), default=0)
+    last = story.updates[-1] if story.updates else None
+    return starts, starts[last["step"]] + last["update"] if last else 0
+
+
+def _boundary(figure: Any, at: int, reached: float) -> None:
+    figure.add_vline(x=at, line={"width": 1, "dash": "dot"})
+    figure.add_annotation(
+        x=at, xref="x", y=1, yref="paper", yanchor="bottom", xanchor="center", showarrow=False, text=f"{reached:.0%}"
+    )
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """The mean of each and its neighbours, a twentieth of them all."""
+    half = max(1, len(values) // 40)
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - half) : i + half + 1])]
+
+
+def _extra(stories: list[Story]) -> str:
+    """Of several runs, plotly says the name beside a hovering label; a name in the template itself might be taken for one."""
+    return "" if len(stories) > 1 else "<extra></extra>"
+
+
+def _look(number: int, stories: list[Story]) -> dict[str, Any]:
+    return {"color": number % 8} if len(stories) > 1 else {"shade": 1}
+
+
+def _phases(stories: list[Story]) -> list[str]:
+    there = {phase["phase"] for story in stories for phase in story.phases}
+    return [name for name in PHASES if name in there] + sorted(there - PHASES.keys())
+
+
+def _percent(values: list[float]) -> list[float]:
+    return [round(100 * value, 4) for value in values]
+
+
+def _tick(count: int) -> int:
+    return next(step for step in (1, 2, 4, 8, 16, 32, count) if count <= 16 * step)
+
+
+def _label(text: str) -> str:
+    """As plotly shows it letter for letter: it knows some tags."""
+    return html.escape(text, quote=False)
+
+
+def _plotly() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("plotly.graph_objects"), importlib.import_module("plotly.subplots")
+    except ImportError:
+        raise LosaError("losa report draws with plotly, which is not installed: pip install 'losa[report]'") from None

@@ -1,0 +1,25 @@
+"""Numbers for people."""
+
+
+def size(count: float) -> str:
+    """Bytes, decimal."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """42 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def number(value: float | None) -> str:
+    """A perplexity, or a dash where there is none."""
+    return "-" if value is None else f"{value:.2f}" if value < 10_000 else f"{value:.2e}"

@@ -1,0 +1,128 @@
+"""The model card of a saved model: true, valid for the hub, and never in the place of another's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import changed, save_tiny, tiny, tokenizer
+from huggingface_hub import ModelCard
+
+import losa
+from losa import card
+from losa.recipe import Recipe
+
+
+@pytest.fixture
+def brief(small: Recipe) -> Recipe:
+    return changed(small, steps=1, train_samples=4, sample_tokens=0, eval_step_tokens=0)
+
+
+def code_of(text: str, folder: Path) -> str:
+    return text.partition("```python\n")[2].partition("```")[0].replace("DIR", str(folder))
+
+
+def test_the_card_is_valid_and_true(llama: Path, tmp_path: Path, brief: Recipe) -> None:
+    out = tmp_path / "out"
+    result = losa.compress(str(llama), brief, out)
+    read = ModelCard.load(out / "README.md")
+    assert read.data.library_name == "transformers" and read.data.pipeline_tag == "text-generation"
+    assert read.data.tags == ["losa", "pruned", "sparse", "wanda"] and read.data.license is None
+    assert read.data.base_model is None  # a folder on this machine is no name on the hub
+    (measured,) = read.data.eval_results
+    assert measured.metric_type == "perplexity" and measured.dataset_name == "rows.jsonl"
+    sparse = result.measurements["sparse"]
+    assert measured.metric_value == pytest.approx(sparse["perplexity"], abs=1e-4)
+    for fact in (
+        f"{sparse['kept']:,}",
+        f"{sparse['weights']:,}",
+        "`llama`",
+        "rows.jsonl",
+        "seed 0",
+        "first 500 tokens",
+    ):
+        assert fact in read.text, fact
+    assert str(llama) not in read.text  # where it lay is nobody's business
+    names: dict[str, Any] = {}
+    exec(code_of(read.text, out), names)
+    tokens = torch.arange(1, 20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(names["model"](tokens).logits, result.model(tokens).logits)
+    assert names["tokenizer"]("def")["input_ids"]
+
+
+def test_the_sources_license_is_named_and_its_card_is_not_copied(tmp_path: Path, brief: Recipe) -> None:
+    source = save_tiny(tmp_path / "dense")
+    text = "---\nlicense: other\nlicense_name: tiny-1\nlicense_link: LICENSE\ntags: [theirs]\n---\n# A great model\n"
+    (source / "README.md").write_text(text)
+    losa.compress(str(source), brief, tmp_path / "out")
+    read = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (read.data.license, read.data.license_name) == ("other", "tiny-1") and "`tiny-1`" in read.text
+    assert "theirs" not in read.content and "great" not in read.content
+    (source / "README.md").write_text("---\nlicense: [broken\n---\n")
+    losa.compress(str(source), brief, tmp_path / "again")
+    assert "No licence was found" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_readme_that_is_not_losas_stays(
+    llama: Path, tmp_path: Path, brief: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    tell = losa.pipeline.tell
+
+    def write_notes(*arguments: Any) -> None:
+        tell(*arguments)
+        (out / "README.md").write_text("my notes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("losa.pipeline.tell", write_notes)
+        losa.compress(str(llama), brief, out)
+    assert (out / "README.md").read_text() == "my notes"
+    assert ModelCard.load(out / "run" / "README.md").data.library_name == "transformers"
+    losa.compress(str(llama), brief, out, overwrite=True)
+    assert (out / "README.md").read_text() == "my notes"
+    losa.compress(str(llama), brief, tmp_path / "clean")
+    losa.compress(str(llama), changed(brief, seed=1), tmp_path / "clean", overwrite=True)  # ours is ours to replace
+    assert "seed 1" in (tmp_path / "clean" / "README.md").read_text()
+
+
+def test_a_model_from_the_hub_is_linked(tmp_path: Path, llama: Path, brief: Recipe) -> None:
+    losa.compress(str(llama), changed(brief, eval_data=""), tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "losa.json").read_text())
+    made["source"] = "someone/some-7b"
+    made["recipe"] |= {"calibration": "c4", "train_data": "alpaca-gpt4"}
+    card.write(tmp_path, made, None)
+    read = ModelCard.load(tmp_path / "README.md")
+    assert read.data.base_model == "someone/some-7b" and "huggingface.co/someone/some-7b" in read.text
+    assert read.data.eval_results is None and "No perplexity was measured" in read.text
+    made["recipe"]["eval_data"] = "wikitext2"
+    made["measurements"] = json.loads(
+        json.dumps(made["measurements"]).replace('"perplexity": null', '"perplexity": 9.5')
+    )
+    card.write(tmp_path, made, None)
+    (measured,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (measured.dataset_type, measured.metric_value) == ("Salesforce/wikitext", 9.5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own call
+def test_what_needs_more_than_transformers_says_so_and_loads(tmp_path: Path, llama: Path, brief: Recipe) -> None:
+    pytest.importorskip("peft")
+    losa.compress(str(llama), changed(brief, recovery="lora"), tmp_path / "apart")
+    names: dict[str, Any] = {}
+    text = (tmp_path / "apart" / "README.md").read_text()
+    exec(code_of(text, tmp_path / "apart"), names)
+    assert type(names["model"]).__name__.startswith("Peft") and "in `adapter/`" in text
+    recipe = changed(brief, pattern="structured", pruner="wanda-sp", allocator="owl", recovery="none")
+    losa.compress(str(llama), recipe, tmp_path / "smaller")
+    text = (tmp_path / "smaller" / "README.md").read_text()
+    code = code_of(text, tmp_path / "smaller")
+    assert code.startswith("import losa") and "fewer weights" in text
+    exec(code, names)
+    assert isinstance(names["model"], transformers.PreTrainedModel)
+
+
+def test_a_loaded_model_has_a_card_too(tmp_path: Path, brief: Recipe) -> None:
+    losa.compress(tiny(), brief, tmp_path / "out", tokenizer=tokenizer())
+    assert "`LlamaForCausalLM`" in (tmp_path / "out" / "README.md").read_text()
