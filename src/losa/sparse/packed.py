@@ -143,12 +143,12 @@ def _counts(bits: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def find_nm(bits: Tensor, columns: int) -> NM | None:
-    """The smallest m of at most 64 for which every m adjacent columns of every row keep as many, and how many."""
+    """The smallest m of at most 64, and half a row, of which every m adjacent columns of every row keep as many: N:M."""
     counts = _counts(bits)
     first = int(counts[0])
     if not first or (counts != first).any():
         return None
-    for m in range(1, min(columns, 64) + 1):
+    for m in range(1, min(columns // 2, 64) + 1):
         nm = NM(first * m // columns, m)
         if columns % m == 0 and nm.n and _keeps(bits[:1], columns, nm) and _keeps(bits, columns, nm):
             return nm
@@ -198,7 +198,7 @@ def check(packed: Packed, name: str, layout: Layout | None = None) -> None:
         raise damaged(f"values of {packed.values.dtype} are not known")
     if packed.kept < 0 or packed.kept >= MOST:
         raise damaged(f"{packed.kept} values are kept")
-    if bool(packed.values[packed.kept :].any()):
+    if bool(packed.values[packed.kept :].contiguous().view(torch.uint8).any()):
         raise damaged("what follows the last value is not zero")
     bits = packed.mask.cpu().numpy()
     if packed.in_features % 8 and bool((bits[:, -1] >> packed.in_features % 8).any()):

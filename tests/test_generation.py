@@ -1,0 +1,65 @@
+"""losa generate: text as it is made, the same for the same seed, one line for bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_packed_linear import save_packed
+
+from losa.cli import main
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generation")
+    save_packed(folder)
+    return folder
+
+
+def test_streams_what_it_makes(packed: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model in (packed, llama):
+        arguments = ["generate", str(model), "--prompt", "def f(x):", "--max-new-tokens", "12", "--dtype", "float32"]
+        assert main(arguments) == 0
+        shown = capsys.readouterr().out
+        assert main([*arguments, "--json"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 1
+        found = json.loads(lines[0])
+        assert shown.rstrip("\n") == found["text"].rstrip("\n") != ""
+        assert 0 < found["tokens"] <= 12 and found["prompt"] == "def f(x):"
+
+
+def test_draws_by_seed(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        arguments = ["--prompt", "import", "--max-new-tokens", "12", "--temperature", "2", "--seed", str(seed)]
+        assert main(["generate", str(packed), *arguments, "--json"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-new-tokens", "0"], "max-new-tokens is 0"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x " * 100], "beyond the 64 that the model reads"),
+        (["--max-new-tokens", "64"], "beyond the 64 that the model reads"),
+        (["--chat"], "has no chat template"),
+        (["--device", "cdua"], "use auto, cpu or cuda"),
+        (["--dtype", "float23"], "did you mean 'float32'"),
+        (["--temprature", "1"], "did you mean '--temperature'"),
+    ],
+)
+def test_bad_input(packed: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    given = [] if "--prompt" in arguments else ["--prompt", "x"]
+    assert main(["generate", str(packed), *given, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "./nowhere", "--prompt", "x"]) == 2
+    assert "does not exist" in capsys.readouterr().err
