@@ -29,7 +29,7 @@ def subject_of(recipe: Recipe) -> Subject:
     recovery = registry.get("recovery", recipe.recovery)
     subject.wrap(recovery.layer, recipe, recipe.max_rank if recovery.ranks else 0)
     if recovery.ranks:
-        pipeline.set_ranks(subject, recipe, 1, [1.0, 1.0, 1.0])
+        pipeline.set_ranks(subject, recipe, 1, recipe.rank_by, [1.0, 1.0, 1.0])
     return subject
 
 
@@ -58,7 +58,9 @@ def test_it_is_the_lowest_of_a_valley(
 
 @pytest.mark.parametrize("name", [n for n in registry.RECOVERIES if registry.get("recovery", n).trains])
 def test_trials_leave_the_model_as_it_was(name: str, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = changed(small, recovery=name, steps=1, learning_rate="auto")
+    recipe = changed(
+        small, recovery=name, rank_by=registry.get("recovery", name).rank_by[0], steps=1, learning_rate="auto"
+    )
     subject = subject_of(recipe)
     before = {key: value.clone() for key, value in subject.model.state_dict().items()}
     rows: list[int] = []
