@@ -181,7 +181,8 @@ def function(name: str) -> Callable[..., int]:
         "read": [pointer, number, small],
     }[kind]
     found.restype = ctypes.c_uint64 if kind == "read" else ctypes.c_int
-    return found
+    typed: Callable[..., int] = found
+    return typed
 
 
 def _matrix(packed: Packed) -> Matrix:
