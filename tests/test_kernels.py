@@ -108,7 +108,7 @@ def check(kernel: kernels.Kernel, packed: Packed, x: Tensor, bias: Tensor | None
 
 
 drawn = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 
 
@@ -116,9 +116,9 @@ drawn = settings(
 @given(data=st.data())
 @drawn
 def test_agrees_with_float64(kernel: kernels.Kernel, values: torch.dtype, data: st.DataObject) -> None:
-    rows = data.draw(st.integers(1, 70))
-    columns = data.draw(st.one_of(st.integers(1, 130), st.integers(1, 5).map(lambda n: n * GROUP + 8)))
-    tokens = data.draw(st.one_of(st.integers(1, 9), st.just(cpu.ROWS + 1)))
+    rows = data.draw(st.integers(1, 40))
+    columns = data.draw(st.one_of(st.integers(1, 130), st.sampled_from([GROUP, 2 * GROUP + 8])))
+    tokens = data.draw(st.sampled_from([1, 2, 3, 4, 7, cpu.ROWS + 1]))
     sparsity = data.draw(st.sampled_from([0.0, 0.3, 0.7, 0.9, 0.99]))
     x_dtype = torch.bfloat16 if kernel.name == "avx512-bf16" else data.draw(st.sampled_from(TYPES))
     seed = data.draw(st.integers(0, 2**16))
@@ -157,7 +157,7 @@ def test_nm_has_no_offsets(kernel: kernels.Kernel, values: torch.dtype) -> None:
 @pytest.mark.parametrize("values", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3, 8, cpu.ROWS + 1])
 def test_threads_do_not_change_a_bit(kernel: kernels.Kernel, values: torch.dtype, tokens: int) -> None:
-    packed, x = made(301, 700, 0.6, values), torch.randn(tokens, 700).bfloat16()
+    packed, x = made(131, 300, 0.6, values), torch.randn(tokens, 300).bfloat16()
     if isinstance(kernel, cpu.Native) and tokens <= cpu.ROWS:
         results = []
         for threads in (1, 2, 5, 2):

@@ -8,8 +8,9 @@ import copy
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of y, relative in nor
 class Opponent:
     """One of those that are compared: a product (or reading) for each of its matrices, and the bytes that each reads."""
 
-    calls: list[Callable[[], Tensor | None]]
+    calls: Sequence[Callable[[], Any]]
     bytes: int
 
 
@@ -156,7 +157,7 @@ def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: in
     """All of them, each found to agree with the reference in its own precision."""
     wanted = [reference.multiply(x.float(), packed) for packed in packs[:DRAWN]]
 
-    def agree(who: str, calls: list[Callable[[], Tensor]], dtype: torch.dtype) -> list[Callable[[], Tensor]]:
+    def agree(who: str, calls: Sequence[Callable[[], Tensor]], dtype: torch.dtype) -> Sequence[Callable[[], Tensor]]:
         for call, want in zip(calls, wanted, strict=False):
             error = float((call().float() - want).norm() / want.norm())
             if not error < TOLERANCE[dtype]:
@@ -164,22 +165,22 @@ def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: in
         return calls
 
     out, columns = packs[0].out_features, packs[0].in_features
-    calls = [lambda p=p: chosen.multiply(x, p) for p in packs]
+    calls = [partial(chosen.multiply, x, p) for p in packs]
     # int8 in fixed point, and what is rounded to bfloat16, is not exact in floats
     exact = x.dtype == torch.float32 and packs[0].values.dtype != torch.int8
     precision = torch.float32 if exact else torch.bfloat16
-    found = {"losa": Opponent([*agree(chosen.name, calls, precision)], packs[0].layout.bytes)}
+    found = {"losa": Opponent(agree(chosen.name, calls, precision), packs[0].layout.bytes)}
     dense = [unpack(p, torch.bfloat16)[0] for p in packs[: max(2, -(-total // (out * columns * 2)))]]
-    calls = [lambda w=w: F.linear(x.bfloat16(), w) for w in dense]
-    found["torch_bf16"] = Opponent([*agree("torch's bf16 product", calls, torch.bfloat16)], out * columns * 2)
+    calls = [partial(F.linear, x.bfloat16(), w) for w in dense]
+    found["torch_bf16"] = Opponent(agree("torch's bf16 product", calls, torch.bfloat16), out * columns * 2)
     single = [unpack(p, torch.float32)[0] for p in packs[: max(2, -(-total // (out * columns * 4)))]]
-    calls = [lambda w=w: F.linear(x.float(), w) for w in single]
-    found["torch_fp32"] = Opponent([*agree("torch's fp32 product", calls, torch.float32)], out * columns * 4)
+    calls = [partial(F.linear, x.float(), w) for w in single]
+    found["torch_fp32"] = Opponent(agree("torch's fp32 product", calls, torch.float32), out * columns * 4)
     if len(x) == 1 and (symbol := best_dense()):
         padded = [F.pad(w, (0, -columns % 128)) if columns % 128 else w for w in dense]
-        calls = [lambda w=w: dense_product(symbol, x, w) for w in padded]
+        calls = [partial(dense_product, symbol, x, w) for w in padded]
         agreed = agree("the native dense product", calls, torch.bfloat16)
-        found[f"{symbol}_dense_bf16"] = Opponent([*agreed], padded[0].numel() * 2)
+        found[f"{symbol}_dense_bf16"] = Opponent(agreed, padded[0].numel() * 2)
     found["read"] = _reading(packs)
     return found
 
@@ -207,19 +208,14 @@ def dense_product(symbol: str, x: Tensor, weight: Tensor) -> Tensor:
 
 def _reading(packs: list[Packed]) -> Opponent:
     """Reads the kept values of each; without a native library through torch's sum."""
-    size = (packs[0].kept + PAD) * packs[0].values.element_size()
+    lines = (packs[0].kept + PAD) * packs[0].values.element_size() // 64
     try:
         native.library()
     except native.Unavailable:
-        return Opponent([lambda p=p: p.values.view(torch.uint8).sum() for p in packs], size)
-    pages = size // 4096
+        return Opponent([p.values.view(torch.uint8).sum for p in packs], lines * 64)
     read, threads = cpu.function("losa_read"), torch.get_num_threads()
-
-    def call(packed: Packed) -> Callable[[], None]:
-        pages = len(packed.values) * packed.values.element_size() // 4096
-        return lambda: read(packed.values.data_ptr(), pages, threads) and None
-
-    return Opponent([call(p) for p in packs], pages * 4096)
+    addresses = [(p.values.data_ptr(), (p.kept + PAD) * p.values.element_size() // 64) for p in packs]
+    return Opponent([partial(read, *address, threads) for address in addresses], lines * 64)
 
 
 def _times(opponents: dict[str, Opponent], rounds: int) -> dict[str, list[float]]:

@@ -7,6 +7,8 @@ through torch's dense product.
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,23 +77,25 @@ class Native:
             return self.multiply(x.float(), packed, bias).half()
         if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
             bias = bias.float()
-        rows = x.reshape(-1, packed.in_features).contiguous()
-        if not len(rows):
-            return x.new_empty(*x.shape[:-1], packed.out_features)
-        multiply = self._few if len(rows) <= ROWS else self._many
-        return multiply(rows, packed, bias).view(*x.shape[:-1], packed.out_features)
+        x = x.contiguous()
+        rows = x.numel() // packed.in_features
+        if rows > ROWS:
+            y = self._many(x.view(rows, packed.in_features), packed, bias)
+            return y.view(*x.shape[:-1], packed.out_features)
+        return self._few(x, rows, packed, bias)
 
-    def _few(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        y = torch.empty((len(x), packed.out_features), dtype=x.dtype)
-        bias_type = 0 if bias is None else TYPES[bias.dtype]
+    def _few(self, x: Tensor, rows: int, packed: Packed, bias: Tensor | None) -> Tensor:
+        y = torch.empty((*x.shape[:-1], packed.out_features), dtype=x.dtype)
+        if not rows:
+            return y
         call = Call(
             _matrix(packed),
             x.data_ptr(),
             _address(bias),
             y.data_ptr(),
-            len(x),
+            rows,
             TYPES[x.dtype],
-            bias_type,
+            0 if bias is None else TYPES[bias.dtype],
             torch.get_num_threads(),
         )
         _done(function(f"losa_multiply_{self.symbol}")(ctypes.byref(call)))
@@ -165,9 +169,9 @@ def features(library: ctypes.CDLL) -> frozenset[str]:
 
 
 @functools.cache
-def function(name: str) -> "ctypes._NamedFuncPointer":
+def function(name: str) -> Callable[..., int]:
     """A function of the native library, with its signature."""
-    found = getattr(native.library(), name)
+    found: Any = getattr(native.library(), name)
     kind = name.split("_")[1]
     pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     found.argtypes = {
@@ -177,11 +181,13 @@ def function(name: str) -> "ctypes._NamedFuncPointer":
         "read": [pointer, number, small],
     }[kind]
     found.restype = ctypes.c_uint64 if kind == "read" else ctypes.c_int
-    return found
+    typed: Callable[..., int] = found
+    return typed
 
 
 def _matrix(packed: Packed) -> Matrix:
-    out, values = packed.out_features, packed.values
+    values = packed.values
+    out = packed.mask.shape[0]
     return Matrix(
         values.data_ptr(),
         packed.mask.data_ptr(),

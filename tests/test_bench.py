@@ -1,0 +1,108 @@
+"""losa bench kernel: what it says, and that it times nothing that is wrong."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from losa import bench, registry
+from losa.cli import main
+from losa.errors import LosaError
+from losa.sparse import cpu, kernels, native
+from losa.sparse.packed import Packed
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few small matrices are four times the cache."""
+    monkeypatch.setattr(bench, "last_level_cache", lambda: 2**14)
+    monkeypatch.setattr(kernels, "_chosen", {})
+
+
+@pytest.mark.parametrize("values", ["bfloat16", "float16", "float32", "int8"])
+@pytest.mark.parametrize("activations", ["bfloat16", "float32"])
+def test_says_what_was_timed(values: str, activations: str) -> None:
+    found = bench.kernel("48x200", 0.7, values, activations, rounds=3)
+    assert found["kernel"] in registry.KERNELS and found["why"] and "reference" not in found["refused"]
+    assert abs(found["kept"] - 0.3) < 0.05
+    size = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}[values]
+    assert found["matrices"]["losa"] * 48 * 200 * (0.3 * size + 1 / 8) > 3.5 * 2**14
+    for key in ("torch_bf16", "torch_fp32", "best_dense"):
+        low, high = found[f"speedup_over_{key}_quartiles"]
+        assert 0 < low <= found[f"speedup_over_{key}"] <= high
+    assert found["share_of_read_bandwidth"] > 0
+    assert found["best_dense"] in found["ms"] and set(found["ms"]) == set(found["gb_per_s"])
+
+
+@pytest.mark.parametrize("rows", [2, cpu.ROWS + 1])
+def test_several_rows(rows: int) -> None:
+    found = bench.kernel("48x200", 0.5, rows=rows, rounds=2)
+    assert found["best_dense"] == "torch_bf16"  # the native one multiplies one row
+
+
+def test_ends_with_a_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "kernel", "--shape", "48x200", "--sparsity", "0.7", "--rounds", "2", "--threads", "2"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"kernel", "why", "refused", "speedup_over_torch_bf16", "speedup_over_best_dense"} < set(found)
+    assert found["threads"] == 2 and torch.get_num_threads() == 1
+    assert main([*arguments, "--kernel", "reference"]) == 0
+    assert "kernel reference: named; 2 threads" in capsys.readouterr().out
+
+
+def test_prints_each_refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.AVX512, "needs", ("a_thing",))
+    assert main(["bench", "kernel", "--shape", "48x200", "--rounds", "2", "--activations", "float32"]) == 0
+    assert "kernel avx512 refused: this processor has no a_thing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kernel", "--shape", "11008"], "shape '11008' is not OUTxIN, as in 11008x4096"),
+        (["kernel", "--shape", "0x8"], "not OUTxIN"),
+        (["kernel", "--sparsity", "1"], "sparsity must be at least 0 and below 1, not 1.0"),
+        (["kernel", "--values", "bf16"], "unknown type of values 'bf16'"),
+        (["kernel", "--activations", "int8"], "unknown type of activations 'int8'"),
+        (["kernel", "--rows", "0"], "rows must be at least 1"),
+        (["kernel", "--kernel", "avx3"], "unknown kernel 'avx3': did you mean 'avx2'"),
+        (["kernels"], "unknown subject of a benchmark 'kernels': did you mean 'kernel'"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu.Native.multiply
+
+    def wrong(self: cpu.Native, x: Tensor, packed: Packed, bias: Any = None) -> Tensor:
+        return right(self, x, packed, bias) * 1.05
+
+    monkeypatch.setattr(cpu.Native, "multiply", wrong)
+    with pytest.raises(LosaError, match=r"portable disagrees with the reference: .* Nothing is timed"):
+        bench.kernel("48x200", 0.7, name="portable", rounds=2)
+
+
+def test_every_dense_opponent_is_right() -> None:
+    has = cpu.features(native.library())
+    x, weight = torch.randn(1, 300).bfloat16(), torch.randn(33, 384).bfloat16()
+    weight[:, 300:] = 0
+    for kind in (cpu.AVX512BF16, cpu.AVX512, cpu.AVX2, cpu.Portable):
+        if has.issuperset(kind.needs):
+            got = bench.dense_product(kind.symbol, x, weight)
+            assert torch.allclose(got, x.float() @ weight[:, :300].float().T, rtol=1e-3, atol=1e-3)
+
+
+def test_works_without_a_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> Any:
+        raise native.Unavailable("no compiler")
+
+    monkeypatch.setattr(native, "library", gone)
+    monkeypatch.setattr(kernels, "_told", {"reference"})
+    found = bench.kernel("48x200", 0.7, rounds=2)
+    assert found["kernel"] == "reference" and found["refused"]["avx2"] == "no compiler"
