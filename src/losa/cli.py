@@ -228,9 +228,15 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
         print(f"trained: {planned['trained']}, {planned['parameters_trained']:,} values at most, {merging}")
     names = ("step", "sparsity", "mean_rank", "rows")
     print_table([names, *(tuple(str(step[name]) for name in names) for step in planned["steps"])])
+    places = [
+        f"{what} on disk"
+        for what, there in (("model", planned["from_disk"]), ("activations", planned["spill"]))
+        if there
+    ]
+    note = f" ({', '.join(places)})" if places else ""
     print(
-        f"memory at its peak, about {size(planned['memory'])}; disk, about {size(planned['disk'])}; the {settings.format} "
-        f"model, about {size(planned['saved'])}"
+        f"memory at its peak, about {size(planned['memory'])}{note}; disk, about {size(planned['disk'])}; the "
+        f"{settings.format} model, about {size(planned['saved'])}"
     )
 
 

@@ -1,11 +1,12 @@
 """Before a run begins: what can be known to be wrong, and everything it reads, as tokens."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from losa import data, model, registry, sources, structure
 from losa.errors import LosaError
@@ -103,10 +104,15 @@ def fingerprint(subject: Subject, inputs: Inputs) -> str:
     tokens = [inputs.calibration, *(part for example in inputs.examples for part in example)]
     for tensor in [*tokens, *([] if inputs.evaluation is None else [inputs.evaluation])]:
         found.update(f"{list(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    for name, weight in subject.model.named_parameters():
-        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)].float().cpu()
-        found.update(f"{name} {list(weight.shape)}".encode() + some.numpy().tobytes())
+    for name, shape, some in subject.home.samples() if subject.home else _samples(subject.model):
+        found.update(f"{name} {shape}".encode() + some.numpy().tobytes())
     return found.hexdigest()
+
+
+def _samples(whole: nn.Module) -> Iterator[tuple[str, list[int], Tensor]]:
+    for name, weight in whole.named_parameters():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)].float().cpu()
+        yield name, list(weight.shape), some
 
 
 def allocation_samples(recipe: Recipe) -> int:

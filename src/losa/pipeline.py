@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from torch import Tensor
 from losa import (
     calibration,
     data,
+    disk,
     evaluate,
     evidence,
     export,
     gradients,
     masks,
+    memory,
     model,
     ranks,
     registry,
@@ -42,7 +45,10 @@ from losa.sparse.linear import pack_model
 
 @dataclass
 class Result:
-    """A compressed model: merged, in memory, dense or packed as it was saved, and where. `history` has rates, errors and ranks of every step."""
+    """A compressed model: merged, in memory, dense or packed as it was saved, and where. `history` has rates, errors and ranks of every step.
+
+    `model` is None where it was left on disk: `path` has it.
+    """
 
     model: Any
     tokenizer: Any
@@ -56,7 +62,7 @@ class Result:
 class Dense:
     """What is remembered of the dense model."""
 
-    features: Tensor  # [blocks, tokens, hidden]: what each block put out, at a seeded sample of tokens
+    features: Sequence[Tensor] | Tensor  # by block [tokens, hidden]: what it put out, at a seeded sample of tokens
     grams: Tensor  # float64 [blocks, n, n]; n = 0 if no allocator asks for them
     perplexity: float | None
 
@@ -106,17 +112,31 @@ def compress(
     if teacher := recipe.teacher_model:
         check_vocabulary(model.load_tokenizer(teacher, model.load_config(teacher)), tokenizer, teacher)
     run = Run(output, progress or Progress(quiet=True))
+    from losa import from_disk
+
     try:
         if resume:
             run.resume(recipe, name)
             if run.finished:
                 return finished(run, recipe, tokenizer)
+        way = memory.choose(source, recipe, config, output is not None, run.from_disk)
         inputs = read(recipe, tokenizer, config)
-        loaded = model.load(source, recipe) if isinstance(source, str) else source
-        subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
+        if way.from_disk:
+            dtype = model.choose_dtype(recipe.dtype, model.choose_device(recipe.device))
+            subject = disk.OnDisk(disk.local(source), dtype).subject(tokenizer, name, recipe, config.dtype)
+        else:
+            loaded = model.load(source, recipe) if isinstance(source, str) else source
+            subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
+        subject.spill = run.folder if way.spill else None
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
-            run.start(recipe, name, overwrite)
-        return _compress(subject, recipe, inputs, run)
+            run.start(recipe, name, overwrite, way.from_disk)
+        if way.from_disk or way.spill:
+            run.say(str(way))
+        return (
+            from_disk.compress(subject, recipe, inputs, run)
+            if way.from_disk
+            else _compress(subject, recipe, inputs, run)
+        )
     finally:
         run.close()
 
@@ -172,22 +192,33 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
     """One pass over the dense model: perplexity, features at a seeded sample of tokens, Gram matrices for the first step."""
     seen = fingerprint(subject, inputs)
     if saved := run.load("dense"):
-        if saved.meta["seen"] != seen:
-            raise LosaError("the model or the data is not what the run was started with: start a new run")
+        check_seen(saved.meta["seen"], seen)
         return Dense(saved.tensors["features"], saved.tensors["grams"], saved.meta["perplexity"])
     perplexity = measure(subject, recipe, inputs)
-    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
+    stream = calibration.Stream(
+        subject.model, subject.blocks, inputs.calibration, device_of(recipe), spill=subject.spill
+    )
     positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
-    needs_grams = registry.get("allocator", recipe.allocator).needs == "grams" and recipe.kept.allocates
     features, grams = [], []
     for block in run.track(subject.blocks, "dense model"):
         stream.advance(block)
         features.append(stream.sample(positions).cpu())
-        grams.append(stream.gram(allocation_samples(recipe)) if needs_grams else torch.empty(0, 0))
-    dense = Dense(torch.stack(features), torch.stack(grams), perplexity)
-    run.save("dense", {"features": dense.features, "grams": dense.grams}, {"perplexity": perplexity, "seen": seen})
+        grams.append(stream.gram(allocation_samples(recipe)) if needs_grams(recipe) else torch.empty(0, 0))
+    tensors = {"features": torch.stack(features), "grams": torch.stack(grams)}
+    run.save("dense", tensors, {"perplexity": perplexity, "seen": seen})
     run.log("dense", perplexity=perplexity)
-    return dense
+    return Dense(**tensors, perplexity=perplexity)
+
+
+def check_seen(before: str, now: str) -> None:
+    """Raise LosaError unless the run has the fingerprint that it was started with."""
+    if before != now:
+        raise LosaError("the model or the data is not what the run was started with: start a new run")
+
+
+def needs_grams(recipe: Recipe) -> bool:
+    """Whether the first rates come from the dense model's Gram matrices."""
+    return registry.get("allocator", recipe.allocator).needs == "grams" and recipe.kept.allocates
 
 
 def allocate(
@@ -223,7 +254,9 @@ def prune(
     unreached: list[str] = []
     if pruner.needs_gradients:
         unreached = prune_by_gradients(subject, recipe, step, rates, inputs, pruner, run)
-    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe), sequences(recipe))
+    stream = calibration.Stream(
+        subject.model, subject.blocks, inputs.calibration, device_of(recipe), sequences(recipe), subject.spill
+    )
     target = target_of(subject, recipe, inputs.calibration, device_of(recipe))
     positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     errors = []
@@ -238,6 +271,8 @@ def prune(
             unreached += experts_of(missed, run)
         if target:
             reconstruct(block, stream, target, recipe, step, run)
+        if not registry.get("recovery", recipe.recovery).trains:
+            subject.round_block(block)
         stream.advance(block)
         errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
     return errors, unreached
@@ -367,7 +402,8 @@ def finished(run: Run, recipe: Recipe, tokenizer: Any) -> Result:
     assert output is not None
     run.drop_states()
     made = json.loads((output / "losa.json").read_text())
-    return Result(model.load(str(output), recipe), tokenizer, recipe, made["measurements"], made["history"], output)
+    loaded = None if run.from_disk else model.load(str(output), recipe)
+    return Result(loaded, tokenizer, recipe, made["measurements"], made["history"], output)
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -8,7 +8,8 @@ DIR/run/pruned.*       weights, masks and pairs after the latest pruning, and th
 DIR/run/teacher-*.*    what the dense model says of the recovery rows
 DIR/run/rate.*         the learning rate, if it was searched for
 DIR/run/recovery.*     the pairs or weights being trained since, with the optimizer's state
-DIR/*                  the finished model; losa.json comes last
+DIR/run/dense-*, rates.*, masks-*   of a run from disk: features by block, rates, masks and errors of finished blocks
+DIR/*                  the finished model; losa.json comes last. From disk, finished blocks are there as they are made
 
 Every file is written beside its place, synced and renamed over it.
 """
@@ -49,8 +50,9 @@ class Run:
         self.output, self.progress = output, progress
         self._saved_at = time.monotonic()
         self._lock: int | None = None
+        self.from_disk: bool | None = None  # whether the model stays on disk, once it has been chosen
 
-    def start(self, recipe: Recipe, source: str, overwrite: bool = False) -> None:
+    def start(self, recipe: Recipe, source: str, overwrite: bool = False, from_disk: bool = False) -> None:
         """Begin in `output`. Raises LosaError if something is there that may not be replaced, or it cannot be written."""
         if self.output is None:
             return
@@ -59,7 +61,8 @@ class Run:
             check_output(self.output, overwrite)
             self._take_lock()
             _remove(self.output)
-            write_json(self.folder / "recipe.json", asked)
+            self.from_disk = from_disk
+            write_json(self.folder / "recipe.json", asked | {"from_disk": from_disk})
         self.log("started", **asked)
 
     def resume(self, recipe: Recipe, source: str) -> None:
@@ -70,7 +73,7 @@ class Run:
         self._check_same(asked)
         with writing(self.output):
             self._take_lock()
-            for left in [*self.folder.glob("*.new"), *self.folder.glob("export")]:
+            for left in [p for name in ("*.new", "export", "shard") for p in self.folder.glob(name)]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         self.log("resumed", **asked)
 
@@ -82,6 +85,7 @@ class Run:
     def _check_same(self, asked: dict[str, Any]) -> None:
         assert self.output is not None
         kept = read_recipe(self.output)
+        self.from_disk = kept["from_disk"]
         for name in ("source", "versions"):
             if kept[name] != asked[name]:
                 raise LosaError(
@@ -146,9 +150,9 @@ class Run:
         """Forget what only resuming needs: a finished run."""
         if self.output is None:
             return
-        teachers = [path.stem for path in self.folder.glob("teacher-*.safetensors")]
-        for name in ("dense", "pruned", "rate", "recovery", *teachers):
-            self.path(name).unlink(missing_ok=True)
+        for name in ("dense*", "pruned", "rate", "rates", "recovery", "teacher-*", "masks-*"):
+            for path in self.folder.glob(f"{name}.safetensors"):
+                path.unlink(missing_ok=True)
 
     def claim(self, names: list[str]) -> None:
         """Say which names in `output` are losa's, before they are put there; --overwrite takes away these and no others."""
@@ -209,7 +213,7 @@ def read_recipe(output: Path) -> dict[str, Any]:
         kept = json.loads(path.read_text())
         if kept["format"] != FORMAT:
             raise LosaError(f"{path} is of format {kept['format']}, this losa reads {FORMAT}: start a new run")
-        return {name: kept[name] for name in ("source", "recipe", "versions")}
+        return {"from_disk": False} | {n: kept[n] for n in ("source", "recipe", "versions", "from_disk") if n in kept}
     except (ValueError, KeyError, TypeError):
         raise LosaError(f"{path} is damaged: start a new run in another folder, or with --overwrite") from None
 

@@ -43,6 +43,7 @@ class ALPS(Pruner):
     unit = "matrix"
     needs_inputs = True
     changes_weights = True
+    copies = (9.0, 3.0)
 
     def __post_init__(self) -> None:
         for option in ("damp", "rho", "tolerance"):

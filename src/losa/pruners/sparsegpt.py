@@ -44,6 +44,7 @@ class SparseGPT(Pruner):
     unit = "128 columns"
     needs_inputs = True
     changes_weights = True
+    copies = (2.25, 5.0)
 
     def __post_init__(self) -> None:
         if not isinstance(self.damp, float | int) or not self.damp > 0:
