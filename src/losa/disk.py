@@ -5,8 +5,9 @@ of the model that is away is on the meta device; buffers that no file holds (rot
 """
 
 import copy
+import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class OnDisk:
         finally:
             block.module, block.linears = self._away.pop(block.name)
             self.model.set_submodule(block.name, block.module)
+            _trim()
 
     @contextmanager
     def ends(self) -> Iterator[None]:
@@ -241,6 +243,12 @@ class OnDisk:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return list(get_model_conversion_mapping(self.model))
+
+
+def _trim() -> None:
+    """Give back what is free: glibc keeps freed memory in pieces, of which each block leaves more."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

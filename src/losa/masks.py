@@ -60,8 +60,7 @@ def _lowest_go(units: Tensor, within: Tensor | None, count: int) -> Tensor:
     """The `count` lowest of each unit (row) go, those outside `within` first; bool like `units`."""
     if within is not None:
         # strictly below whatever is alive, so that they are counted first
-        alive = units.clamp(min=torch.finfo(units.dtype).min)
-        units = torch.where(within, alive, -math.inf)
+        units = units.detach().clamp(min=torch.finfo(units.dtype).min).masked_fill_(~within, -math.inf)
     if bool(units.amax().isnan()):
         raise LosaError("pruning scores are not a number: the weights or the calibration inputs hold NaN or infinity")
     if count == 0:
@@ -80,7 +79,7 @@ def _smallest(rows: Tensor, k: int) -> Tensor:
     """The k-th smallest of each row, [rows, 1]."""
     if rows.device.type == "cpu":  # a selection: five times as fast as a sort
         if len(rows) == 1 and rows.dtype == torch.float32:  # numpy's is twice as fast again, but knows no threads
-            return torch.from_numpy(np.partition(rows.detach().numpy(), k - 1)[:, k - 1 : k])
+            return torch.from_numpy(np.partition(rows.detach().numpy(), k - 1)[:, k - 1 : k].copy())
         return rows.kthvalue(k, dim=1, keepdim=True).values
     # elsewhere kthvalue is refused under torch.use_deterministic_algorithms, and a sort is fast
     return rows.sort(dim=1, stable=True).values[:, k - 1 : k]

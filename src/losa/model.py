@@ -402,7 +402,7 @@ def subject_of(model: Any, tokenizer: Any, source: str, recipe: Recipe, stored: 
 def check_finite(model: nn.Module, prefix: str = "") -> None:
     """Raise LosaError naming the first weight that holds NaN or infinity."""
     for name, parameter in model.named_parameters(prefix):
-        if not bool(parameter.isfinite().all()):
+        if parameter.numel() and not bool(torch.stack(parameter.aminmax()).isfinite().all()):  # without a mask of it all
             raise LosaError(
                 f"weight {name} holds NaN or infinity: the model is damaged or overflows in {parameter.dtype}"
             )
