@@ -11,8 +11,10 @@ from conftest import changed, save_tiny, tiny, tokenizer
 from huggingface_hub import ModelCard
 
 import losa
-from losa import card
+from losa import card, story
 from losa.recipe import Recipe
+from losa.report import render
+from losa.sparse.convert import convert
 
 
 @pytest.fixture
@@ -118,7 +120,7 @@ def test_what_needs_more_than_transformers_says_so_and_loads(tmp_path: Path, lla
     losa.compress(str(llama), recipe, tmp_path / "smaller")
     text = (tmp_path / "smaller" / "README.md").read_text()
     code = code_of(text, tmp_path / "smaller")
-    assert code.startswith("import losa") and "fewer weights" in text
+    assert code.startswith("import losa") and "smaller as it is" in text
     exec(code, names)
     assert isinstance(names["model"], transformers.PreTrainedModel)
 
@@ -126,3 +128,45 @@ def test_what_needs_more_than_transformers_says_so_and_loads(tmp_path: Path, lla
 def test_a_loaded_model_has_a_card_too(tmp_path: Path, brief: Recipe) -> None:
     losa.compress(tiny(), brief, tmp_path / "out", tokenizer=tokenizer())
     assert "`LlamaForCausalLM`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_exported_has_a_card_of_its_own(tmp_path: Path, llama: Path, brief: Recipe) -> None:
+    losa.compress(str(llama), changed(brief, format="packed"), tmp_path / "packed")
+    text = (tmp_path / "packed" / "README.md").read_text()
+    assert "stored packed" in text and code_of(text, tmp_path / "packed").startswith("import losa")
+    convert(tmp_path / "packed", tmp_path / "dense", "dense")
+    text = (tmp_path / "dense" / "README.md").read_text()
+    assert "stored as zeros" in text and "exported from `packed`" in text
+    assert "import losa" not in code_of(text, tmp_path / "dense")
+
+
+def test_a_card_of_others_is_not_carried_over_by_an_export(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "theirs")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# A great model\n")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight[:, ::2] = 0
+    model.save_pretrained(source)
+    convert(source, tmp_path / "ours", "packed")
+    read = ModelCard.load(tmp_path / "ours" / "README.md")
+    assert read.data.license == "mit" and "great" not in read.content and "`theirs`" in read.text
+    assert code_of(read.text, tmp_path / "ours").startswith("import losa") and "bit for bit" in read.text
+    assert read.data.eval_results is None
+
+
+def test_a_repaired_model_says_that_it_was_pruned_already(tmp_path: Path, llama: Path, brief: Recipe) -> None:
+    losa.compress(str(llama), changed(brief, recovery="none"), tmp_path / "pruned")
+    kept = {name: getattr(brief, name) for name in ("train_data", "train_samples", "train_length", "eval_data")}
+    settings = kept | {"batch_size": 4, "mean_rank": 2.0, "eval_tokens": 500, "sample_tokens": 4, "dtype": "float32"}
+    losa.recover(str(tmp_path / "pruned"), settings, tmp_path / "repaired")
+    text = (tmp_path / "repaired" / "README.md").read_text()
+    assert "repaired (it was pruned already)" in text and "| as it came | sparse |" in text
+    told = story.read(tmp_path / "repaired")
+    assert [row.name for row in told.verdict()] == ["as it came", "recovered"] and told.samples.keys() == {
+        "before",
+        "sparse",
+    }
+    page = render([told])
+    assert "Pruned already, recovery by losa." in page and "no RMI matrix" not in page

@@ -121,7 +121,7 @@ def _what(folder: Path, made: dict[str, Any], base: str | None) -> str:
     lines = [
         f"A causal language model, {doing} from {source} with losa, after "
         "[LoSA](https://arxiv.org/abs/2502.14816), dynamic low-rank sparse adaptation: "
-        f"{sparse['sparsity']:.1%} of the {sparse['weights']:,} weights in its pruned linears are gone."
+        f"{sparse['sparsity']:.1%} of the {sparse['weights']:,} weights in its pruned linears are gone, {sparse['kept']:,} are kept."
     ]
     if recipe.get("pattern") == "structured":
         lines.append("They were whole heads and MLP channels, so that the model is smaller as it is.")
