@@ -254,6 +254,14 @@ def test_the_oracle_sees_a_wrong_result() -> None:
 
 
 @pytest.fixture
+def built() -> None:
+    try:
+        native.library()
+    except native.Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOSA_KERNEL", raising=False)
     monkeypatch.setattr(kernels, "_chosen", {})
@@ -263,7 +271,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 PACKED = made(8, 64, 0.5, torch.bfloat16)
 
 
-def test_the_first_that_does_not_refuse(fresh: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_that_does_not_refuse(built: None, fresh: None, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "losa.sparse")
     for _ in range(2):
         choice = kernels.choose(PACKED, torch.float32, CPU)
@@ -273,14 +281,14 @@ def test_the_first_that_does_not_refuse(fresh: None, caplog: pytest.LogCaptureFi
     assert logged == [f"kernel {name} refused: {why}" for name, why in choice.refused.items()]
 
 
-def test_a_named_kernel(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_kernel(built: None, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.choose(PACKED, torch.float32, CPU, "portable").kernel.name == "portable"
     monkeypatch.setenv("LOSA_KERNEL", "reference")
     assert kernels.choose(PACKED, torch.float32, CPU).kernel.name == "reference"
     assert kernels.choose(PACKED, torch.float32, CPU, "auto").kernel.name != "reference"
 
 
-def test_a_named_kernel_that_refuses_is_an_error(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_kernel_that_refuses_is_an_error(built: None, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "features", lambda _: frozenset({"avx2"}))
     with pytest.raises(LosaError, match=r"'avx512' cannot be used: this processor has no avx512f, .*LOSA_KERNEL=auto"):
         kernels.choose(PACKED, torch.float32, CPU, "avx512")
@@ -353,7 +361,7 @@ def test_a_wrong_width_is_an_error() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_works_after_a_fork() -> None:
+def test_works_after_a_fork(built: None) -> None:
     packed, x = made(300, 512, 0.5, torch.bfloat16), torch.randn(1, 512)
     torch.set_num_threads(2)
     try:
