@@ -73,7 +73,7 @@ def test_another_model_is_not_resumed(tmp_path: Path, first: Recipe) -> None:
 
 
 def test_its_learning_rate_can_be_searched(tmp_path: Path, llama: Path, first: Recipe) -> None:
-    recipe = changed(first, learning_rate="auto", checkpoint_minutes=0.0)
+    recipe = changed(first, learning_rate="auto", checkpoint_minutes=0.0, train_samples=16)
     losa.compress(str(llama), recipe, tmp_path / "whole")
     log = [json.loads(line) for line in (tmp_path / "whole" / "run" / "log.jsonl").read_text().splitlines()]
     assert {line["step"] for line in log if line["event"] == "trial"} == {0}

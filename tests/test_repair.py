@@ -324,7 +324,7 @@ def test_distilled_from_a_dense_model_that_is_named_at_a_rate_that_is_searched_a
 ) -> None:
     chosen = save_sparse(tmp_path / "sparse")
     given = {"recovery": recovery, "distill": 0.5, "teacher_model": str(llama), "learning_rate": "auto"}
-    recipe = repairing | given | {"format": "packed", "train_samples": 40, "checkpoint_minutes": 0.0}
+    recipe = repairing | given | {"format": "packed", "train_samples": 16, "checkpoint_minutes": 0.0}
     result = losa.recover(str(tmp_path / "sparse"), recipe, tmp_path / "out")
     assert result.history[0]["learning_rate"] > 0
     assert result.measurements["sparse"]["perplexity"] < result.measurements["before"]["perplexity"]

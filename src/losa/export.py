@@ -127,20 +127,22 @@ def load_masks(folder: Path) -> dict[str, Tensor]:
 
     Packed linears hold their own, what is dense has them in masks.safetensors. Raises LosaError if there are none.
     """
+    layouts = layouts_in(load_config(str(folder)))
+    if layouts is None:
+        return read_masks(folder)
+    files = Checkpoint(folder, layouts)
+    found = {name: files.packed_linear(name).mask for name in layouts}
+    return found | (read_masks(folder) if (folder / MASKS).exists() else {})
+
+
+def read_masks(folder: Path) -> dict[str, Tensor]:
+    """What is in masks.safetensors, whatever else is in `folder`. Raises LosaError if it is not there or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    layouts = layouts_in(load_config(str(folder)))
-    found: dict[str, Tensor] = {}
-    if layouts is not None:
-        files = Checkpoint(folder, layouts)
-        found = {name: files.packed_linear(name).mask for name in layouts}
-    path = folder / MASKS
     try:
-        return found | load_file(path)
+        return load_file(folder / MASKS)
     except FileNotFoundError:
-        if layouts is None:
-            raise LosaError(f"{str(folder)!r} has no {MASKS}: it was not made by losa") from None
-        return found
+        raise LosaError(f"{str(folder)!r} has no {MASKS}: it was not made by losa") from None
     except (SafetensorError, OSError) as error:
-        raise LosaError(f"{path} is damaged: {error}") from None
+        raise LosaError(f"{folder / MASKS} is damaged: {error}") from None

@@ -13,7 +13,7 @@ from torch import Tensor
 from losa import experts, inspection, masks, model, pipeline
 from losa.checkpoint import MASKS, Checkpoint
 from losa.errors import LosaError
-from losa.export import load_masks
+from losa.export import read_masks
 from losa.inputs import Inputs, fingerprint
 from losa.measuring import measure_step
 from losa.model import Block, Subject
@@ -73,7 +73,7 @@ def find_masks(weights: Iterable[tuple[str, Tensor]], folder: Path | None) -> Fo
 
     Raises LosaError for saved masks that do not fit the model.
     """
-    saved = load_masks(folder) if folder else {}
+    saved = read_masks(folder) if folder else {}
     if any(name.endswith(".rows") for name in saved):
         raise LosaError(
             f"{str(folder)!r} was pruned by whole heads and channels: it is smaller, and dense: nothing to repair"
