@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import files, save_tiny, two_steps
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 import losa
-from losa import masks, pruning
+from losa import distributed, masks, pruning
+from losa.errors import LosaError
+from losa.model import choose_device
 from losa.recipe import Recipe
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -235,7 +239,43 @@ def test_a_process_that_dies_ends_the_job_with_one_line_and_any_number_resumes(
 
 
 def test_what_is_wrong_in_all_processes_is_said_once(tmp_path: Path) -> None:
-    """Also what torchrun cannot be for; and without it, what needs it."""
     done = torchrun("-m", "losa", "compress", "demo", "--output", tmp_path / "out", "--sparsity", "1.5")
     assert lines_of_losa(done) == ["losa: sparsity is 1.5: must be at least 0 and below 1"], done.stderr
     assert done.returncode != 0 and not (tmp_path / "out").exists()
+
+
+def test_other_commands_run_in_one_process() -> None:
+    several = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    command = [sys.executable, "-m", "losa", "inspect", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | several)
+    assert done.returncode == 2
+    assert lines_of_losa(done) == ["losa: losa inspect runs in one process: torchrun is for losa compress"]
+
+
+@given(count=st.integers(0, 1000), processes=st.integers(1, 64))
+def test_shares_follow_each_other_and_are_alike(count: int, processes: int) -> None:
+    parts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "world", lambda: processes)
+        for rank in range(processes):
+            patch.setattr(distributed, "rank", lambda rank=rank: rank)
+            parts.append(distributed.share(count))
+    assert [i for part in parts for i in part] == list(range(count))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) == sizes[0] <= min(sizes) + 1
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "launched", lambda: 2)
+    assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(LosaError, match="device 'cuda:1' cannot be that of 2 processes: use cuda, one each"):
+        choose_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(LosaError, match="process 1 of this machine has no device: torch sees 1"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda") == torch.device("cuda:1")

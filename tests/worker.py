@@ -14,7 +14,7 @@ import torch
 from conftest import tiny, tokenizer
 
 import losa
-from losa import cli, pipeline
+from losa import cli, distributed, pipeline
 from losa.errors import LosaError
 from losa.recovery import training
 from losa.sharding import sharded
@@ -65,6 +65,7 @@ def die(update: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    distributed.PIECE = 1000  # so that tensors are cut, and others put together
     if sys.argv[1] == "jobs":
         jobs = json.loads(Path(sys.argv[2]).read_text())
         found = [run(job) for job in jobs]
