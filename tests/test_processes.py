@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from conftest import files, save_tiny, two_steps
-from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -252,7 +252,7 @@ def test_other_commands_run_in_one_process() -> None:
     assert lines_of_losa(done) == ["losa: losa inspect runs in one process: torchrun is for losa compress"]
 
 
-@given(count=st.integers(0, 1000), processes=st.integers(1, 64))
+@hypothesis.given(count=st.integers(0, 1000), processes=st.integers(1, 64))
 def test_shares_follow_each_other_and_are_alike(count: int, processes: int) -> None:
     parts = []
     with pytest.MonkeyPatch.context() as patch:
