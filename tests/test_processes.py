@@ -1,5 +1,6 @@
 """Two gloo processes, started by torchrun as a user starts them, against one."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -72,6 +73,15 @@ ROWS = ("wanda", "pruner-zero")  # pruners that compare within a row
 SHARDED = {"shard": "blocks", "checkpointing": True}
 
 
+REPAIRED = "magnitude-rmi"
+
+
+def repair(base: dict[str, Any]) -> dict[str, Any]:
+    """The part of `base` that is not about pruning, in batches that do not divide."""
+    known = {field.name for field in dataclasses.fields(losa.Repair)}
+    return {name: value for name, value in base.items() if name in known} | {"batch_size": 3, "micro_batch_size": 1}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
@@ -90,6 +100,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str], tex
         jobs.append({"name": name, "source": models[kind], "settings": base | given})
         if name != "taught":
             jobs.append({"name": f"{name}-sharded", "source": models[kind], "settings": base | given | SHARDED})
+    jobs.append({"name": "repaired", "source": str(folder / REPAIRED), "repair": True, "settings": repair(base)})
     for name, here, there in (
         ("recipe", {}, {"settings": {"sparsity": 0.6}}),
         ("code", {}, {"code": "another"}),
@@ -187,6 +198,12 @@ def test_two_processes_recover_as_one(name: str, by_two: Path, by_one: Any) -> N
     assert updates(by_two / name) == pytest.approx(losses, rel=1e-4) and len(losses) == len(set(losses)) == 6
 
 
+def test_two_processes_repair_as_one(by_two: Path, text: Path, tmp_path: Path) -> None:
+    losa.recover(str(by_two / REPAIRED), repair(two_steps(text)), tmp_path / "one")
+    assert not any(bool(there.any()) for there in differing(tmp_path / "one", by_two / "repaired").values())
+    assert updates(by_two / "repaired") == pytest.approx(updates(tmp_path / "one"), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", sorted({*STEPS} - {"taught"}))
 def test_a_sharded_model_recovers_as_a_whole_one(name: str, by_two: Path) -> None:
     """fully_shard, and blocks that run twice: the very same bits, with half of the frozen weights in each process."""
@@ -249,7 +266,9 @@ def test_other_commands_run_in_one_process() -> None:
     command = [sys.executable, "-m", "losa", "inspect", "demo"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | several)
     assert done.returncode == 2
-    assert lines_of_losa(done) == ["losa: losa inspect runs in one process: torchrun is for losa compress"]
+    assert lines_of_losa(done) == [
+        "losa: losa inspect runs in one process: torchrun is for losa compress and losa recover"
+    ]
 
 
 @hypothesis.given(count=st.integers(0, 1000), processes=st.integers(1, 64))

@@ -42,6 +42,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     pipeline.sharding.sharded = spy
     try:
+        if job.get("repair"):
+            losa.recover(source, job["settings"], job["output"])
+            return {"held": held}
         losa.compress(
             source, losa.Recipe(**job["settings"]), job.get("output"), resume=job.get("resume", False), **named
         )
