@@ -213,8 +213,8 @@ def test_a_sharded_model_recovers_as_a_whole_one(name: str, by_two: Path) -> Non
     for file in ("model.safetensors", "masks.safetensors"):
         assert (by_two / name / file).read_bytes() == (by_two / f"{name}-sharded" / file).read_bytes()
     found = json.loads((by_two / "found.json").read_text())[f"{name}-sharded"]
-    for rank in found:  # dense perplexity, two steps, perplexity
-        assert len(rank["held"]) == 4 and all(0.45 < share < 0.55 for share in rank["held"])
+    for rank in found:  # dense perplexity, two steps, perplexity, and what is measured on the way
+        assert len(rank["held"]) >= 4 and all(0.45 < share < 0.55 for share in rank["held"])
 
 
 @pytest.mark.parametrize(

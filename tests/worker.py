@@ -14,7 +14,7 @@ import torch
 from conftest import tiny, tokenizer
 
 import losa
-from losa import cli, distributed, pipeline
+from losa import cli, distributed, pipeline, sharding
 from losa.errors import LosaError
 from losa.recovery import training
 from losa.sharding import sharded
@@ -40,7 +40,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             held.append(sum(own for own, _ in sizes) / sum(whole for _, whole in sizes))
             yield twin
 
-    pipeline.sharding.sharded = spy
+    sharding.sharded = spy
     try:
         if job.get("repair"):
             losa.recover(source, job["settings"], job["output"])
