@@ -1,6 +1,5 @@
 """Two gloo processes, started by torchrun as a user starts them, against one."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from losa import distributed, masks, pruning
 from losa.errors import LosaError
 from losa.model import choose_device
 from losa.recipe import Recipe
+from losa.repair_recipe import PRUNING
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -78,8 +78,10 @@ REPAIRED = "magnitude-rmi"
 
 def repair(base: dict[str, Any]) -> dict[str, Any]:
     """The part of `base` that is not about pruning, in batches that do not divide."""
-    known = {field.name for field in dataclasses.fields(losa.Repair)}
-    return {name: value for name, value in base.items() if name in known} | {"batch_size": 3, "micro_batch_size": 1}
+    return {name: value for name, value in base.items() if name not in PRUNING} | {
+        "batch_size": 3,
+        "micro_batch_size": 1,
+    }
 
 
 @pytest.fixture(scope="module")
