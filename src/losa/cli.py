@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             flags = [flag for action in args.parser._actions for flag in action.option_strings]
             raise registry.unknown("argument", unknown[0].partition("=")[0], flags)
-        if distributed.launched() > 1 and args.command is not _compress:
-            raise LosaError(f"{args.parser.prog} runs in one process: torchrun is for losa compress")
+        if distributed.launched() > 1 and args.command not in (_compress, _recover):
+            raise LosaError(f"{args.parser.prog} runs in one process: torchrun is for losa compress and losa recover")
         summary = args.command(args)
         if args.json:
             print(json.dumps(summary))

@@ -1,7 +1,8 @@
 """What recovery holds in memory, and how to hold less: blocks that run twice, 8-bit moments, weights spread over processes."""
 
+import ctypes
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -77,13 +78,26 @@ def checkpointed(modules: list[nn.Module]) -> Iterator[None]:
 
     transformers' own checkpointing would need the model in training mode, where some have dropout.
     """
+
+    def run(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        _trim()
+        return forward(*arguments, **named)
+
     try:
         for module in modules:
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+            again = partial(run, module.forward)
+            module.forward = partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
         yield
     finally:
         for module in modules:
             vars(module).pop("forward", None)
+
+
+def _trim() -> None:
+    """What glibc holds free goes back to the system. Without it a process keeps three times what checkpointed blocks need:
+    each leaves holes that the tensors of the next do not fit."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
