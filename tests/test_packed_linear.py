@@ -162,6 +162,14 @@ def test_device_map(packed: Path, place: Any) -> None:
         torch.testing.assert_close(found.cpu(), load(packed, dtype=torch.float32)(IDS).logits)
 
 
+def test_offloading_is_refused(packed: Path, tmp_path: Path) -> None:
+    """What is offloaded would be multiplied by without having been looked at."""
+    place = {"model.layers.1": "disk", "model.layers.0": "cpu", "model.layers.2": "cpu", "lm_head": "cpu"}
+    place |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    with pytest.raises(LosaError, match=r"model\.layers\.1\.\S+ is packed and cannot be offloaded"):
+        load(packed, device_map=place, offload_folder=tmp_path / "offloaded")
+
+
 def test_dequantize(packed: Path) -> None:
     loaded = load(packed, dtype=torch.float32)
     with torch.no_grad():

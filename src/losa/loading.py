@@ -112,7 +112,7 @@ def register() -> None:
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             from losa.sparse import linear
 
-            linear.settle(model, self.expected)
+            linear.settle(model, self.__dict__.pop("expected"))
             linear.finish(model, self.layouts)
             return model
 

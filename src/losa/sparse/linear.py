@@ -211,9 +211,14 @@ def settle(whole: Any, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> N
 
 
 def finish(whole: nn.Module, layouts: dict[str, Layout]) -> None:
-    """Freeze the packed linears of a model that was loaded. Raises LosaError for the first that is not what it should be."""
+    """Freeze the packed linears of a model that was loaded. Raises LosaError for the first that is not what it should be.
+
+    Nor may it be elsewhere (offloaded): what is not looked at now could be multiplied by later.
+    """
     for full, layout in layouts.items():
         linear: Any = named(whole, full)[1]
+        if linear.weight.is_meta:
+            raise LosaError(f"{full} is packed and cannot be offloaded: let device_map keep it on a device")
         for name in SUFFIXES:
             if (parameter := getattr(linear, name)) is not None:
                 parameter.requires_grad_(False)
