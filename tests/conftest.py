@@ -19,6 +19,8 @@ import transformers
 from losa.recipe import Recipe
 from losa.run import Run
 
+FUZZ = int(os.environ.get("LOSA_FUZZ", "1"))  # so many times the tampering that CI does: docs/format.md has the command
+
 WIDTHS = dict(
     vocab_size=2048,
     hidden_size=32,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from conftest import FUZZ
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,6 +35,7 @@ def sparse(rows: int, columns: int, share: float, dtype: torch.dtype, seed: int 
     return torch.where(mask, weight, 0.0).to(dtype), mask
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 9),
     st.integers(1, 70),
@@ -64,6 +66,7 @@ def test_floats_come_back_bit_for_bit(rows: int, columns: int, share: float, dty
     assert sum(t.numel() * t.itemsize for t in packed.tensors().values()) == packed.layout.bytes
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 600), st.sampled_from([1e-42, 1e-38, 1e-3, 1.0, 1e30]), st.integers(0, 9))
 def test_int8_is_within_half_a_step(rows: int, columns: int, scale: float, seed: int) -> None:
     weight, mask = sparse(rows, columns, 0.5, torch.float32, seed)
@@ -121,6 +124,7 @@ def test_size_on_disk_at_70_percent(tmp_path: Path, values: torch.dtype, bound: 
 
 @pytest.mark.parametrize("values", [None, torch.int8])
 @pytest.mark.parametrize("nm", [False, True])
+@settings(max_examples=100 * FUZZ, deadline=None)
 @given(data=st.data())
 def test_tampered_tensors_are_refused_or_whole(values: torch.dtype | None, nm: bool, data: st.DataObject) -> None:
     weight, mask = sparse(5, 24, 0.4, torch.bfloat16)

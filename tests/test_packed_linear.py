@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, MODELS, save_tiny, tiny, tokenizer
+from conftest import ARCHITECTURES, FUZZ, MODELS, save_tiny, tiny, tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -162,6 +162,14 @@ def test_device_map(packed: Path, place: Any) -> None:
         torch.testing.assert_close(found.cpu(), load(packed, dtype=torch.float32)(IDS).logits)
 
 
+def test_offloading_is_refused(packed: Path, tmp_path: Path) -> None:
+    """What is offloaded would be multiplied by without having been looked at."""
+    place = {"model.layers.1": "disk", "model.layers.0": "cpu", "model.layers.2": "cpu", "lm_head": "cpu"}
+    place |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    with pytest.raises(LosaError, match=r"model\.layers\.1\.\S+ is packed and cannot be offloaded"):
+        load(packed, device_map=place, offload_folder=tmp_path / "offloaded")
+
+
 def test_dequantize(packed: Path) -> None:
     loaded = load(packed, dtype=torch.float32)
     with torch.no_grad():
@@ -296,7 +304,7 @@ UP = "model.layers.1.mlp.up_proj"
         (lambda c: c.update(values="int8"), "weight is BF16 .* config.json says I8"),
         (lambda c: c["linears"].update({"model.norm": c["linears"][UP]}), "packs 'model.norm', which is no linear"),
         (lambda c: c["linears"].update({"": c["linears"][UP]}), "packs '', which is no linear"),
-        (lambda c: c["linears"].pop(UP), "."),  # transformers: the shape does not fit
+        (lambda c: c["linears"].pop(UP), f"holds {UP}.weight_mask, which config.json does not know of"),
     ],
 )
 def test_bad_config(packed: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
@@ -368,7 +376,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore")
 def test_tampered_files_are_refused_or_whole(fuzzed: Path, data: st.DataObject) -> None:

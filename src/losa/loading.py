@@ -107,10 +107,12 @@ def register() -> None:
             self.layouts = linear.read_layouts(self.quantization_config.to_dict())
             linear.install(model, self.layouts)
             linear.check_files(checkpoint_files, self.layouts)
+            self.expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters()}
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             from losa.sparse import linear
 
+            linear.settle(model, self.__dict__.pop("expected"))
             linear.finish(model, self.layouts)
             return model
 

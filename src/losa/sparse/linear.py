@@ -1,5 +1,6 @@
 """The packed linear, put into a model before its weights are read, or in the place of a dense one."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -158,30 +159,27 @@ def check_files(files: list[str] | None, layouts: dict[str, Layout]) -> None:
 
     if not files:
         raise LosaError("a packed model is loaded from its files, not from a state dict")
-    found: dict[str, tuple[str, list[int], str]] = {}
+    wanted = {f"{name}.{suffix}": what for name, layout in layouts.items() for suffix, what in layout.tensors().items()}
+    short = {full.partition(".")[2]: full for full in wanted}  # base models are saved without the head's prefix
+    seen = set()
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    piece = file.get_slice(key)
-                    found[key] = (str(path), list(piece.get_shape()), piece.get_dtype())
+                pieces = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                headers = {key: (list(piece.get_shape()), piece.get_dtype()) for key, piece in pieces.items()}
         except (SafetensorError, OSError) as error:
             raise LosaError(f"{path} is damaged ({error}): download the model again") from None
-    for name, layout in layouts.items():
-        tensors = layout.tensors()
-        for suffix in SUFFIXES:
-            # base models are saved without the head's prefix
-            keys = [key for key in (f"{name}.{suffix}", f"{name}.{suffix}".partition(".")[2]) if key in found]
-            if suffix not in tensors:
-                if keys:
-                    raise LosaError(f"{found[keys[0]][0]} holds {keys[0]}, which config.json does not know of")
-                continue
-            if not keys:
-                raise LosaError(f"the model's files hold no {name}.{suffix}: the packed model is incomplete")
-            path, shape, dtype = found[keys[0]]
-            wanted = (tensors[suffix][0], STORED[tensors[suffix][1]])
-            if (shape, dtype) != wanted:
-                raise LosaError(f"{path}: {keys[0]} is {dtype} {shape}, config.json says {wanted[1]} {wanted[0]}")
+        for key, (shape, dtype) in headers.items():
+            full = key if key in wanted else short.get(key)
+            if full is not None:
+                seen.add(full)
+                right = (wanted[full][0], STORED[wanted[full][1]])
+                if (shape, dtype) != right:
+                    raise LosaError(f"{path}: {key} is {dtype} {shape}, config.json says {right[1]} {right[0]}")
+            elif key.rpartition(".")[2] in SUFFIXES[1:]:
+                raise LosaError(f"{path} holds {key}, which config.json does not know of")
+    if missing := wanted.keys() - seen:
+        raise LosaError(f"the model's files hold no {min(missing)}: the packed model is incomplete")
 
 
 STORED = {  # safetensors' names
@@ -194,10 +192,33 @@ STORED = {  # safetensors' names
 }
 
 
+def settle(whole: Any, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Give every dense parameter the type it should have. Raises LosaError for one of another shape.
+
+    transformers does so itself from 5.23 on; before, it leaves what it renames as stored, and looks at no shape, in models
+    that are not plain.
+    """
+    wide = [name for kind in ("", "_strict") for name in getattr(whole, f"_keep_in_fp32_modules{kind}", None) or ()]
+    packed = {id(p) for module in whole.modules() if isinstance(module, PackedLinear) for p in module.parameters()}
+    for name, parameter in whole.named_parameters():
+        if name not in expected or id(parameter) in packed:
+            continue
+        shape, dtype = expected[name]
+        if parameter.shape != shape:
+            raise LosaError(f"{name} is {list(parameter.shape)}, the model wants {list(shape)}")
+        if parameter.dtype != dtype and not any(re.search(rf"(^|\.){part}(\.|$)", name) for part in wide):
+            parameter.data = parameter.data.to(dtype)
+
+
 def finish(whole: nn.Module, layouts: dict[str, Layout]) -> None:
-    """Freeze the packed linears of a model that was loaded. Raises LosaError for the first that is not what it should be."""
+    """Freeze the packed linears of a model that was loaded. Raises LosaError for the first that is not what it should be.
+
+    Nor may it be elsewhere (offloaded): what is not looked at now could be multiplied by later.
+    """
     for full, layout in layouts.items():
         linear: Any = named(whole, full)[1]
+        if linear.weight.is_meta:
+            raise LosaError(f"{full} is packed and cannot be offloaded: let device_map keep it on a device")
         for name in SUFFIXES:
             if (parameter := getattr(linear, name)) is not None:
                 parameter.requires_grad_(False)

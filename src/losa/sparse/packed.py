@@ -103,15 +103,16 @@ def pack(weight: Tensor, mask: Tensor, values: torch.dtype | None = None) -> Pac
     values = weight.dtype if values is None else values
     if values not in DTYPES.values() or weight.dtype not in FLOATS:
         raise LosaError(f"a weight of {weight.dtype} cannot be packed as {values}: use {', '.join(DTYPES)}")
-    if (kept := int(mask.sum())) >= MOST:
+    bits = masks.pack(mask)
+    counts = _counts(bits)
+    if (kept := int(counts.sum())) >= MOST:
         raise LosaError(f"a linear keeps {kept} weights: 2^31 and more cannot be packed")
     scales = None
     if values == torch.int8:
         weight, scales = _quantize(weight, mask)
-    bits = masks.pack(mask)
     nm = find_nm(bits, mask.shape[1])
-    offsets = None if nm is not None else F.pad(torch.from_numpy(_counts(bits).cumsum()), (1, 0)).int().to(bits.device)
-    chosen = torch.cat([weight.masked_select(mask).to(values), weight.new_zeros(PAD, dtype=values)])
+    offsets = None if nm is not None else F.pad(torch.from_numpy(counts.cumsum()), (1, 0)).int().to(bits.device)
+    chosen = torch.cat([weight[mask].to(values), weight.new_zeros(PAD, dtype=values)])
     return Packed(chosen, bits, offsets, scales, mask.shape[1], nm)
 
 
