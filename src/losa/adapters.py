@@ -180,7 +180,7 @@ class MaskedLinear(nn.Module):
         if mask.dtype != torch.bool or mask.shape != self.weight.shape:
             raise LosaError(f"mask must be bool {list(self.weight.shape)}, not {mask.dtype} {list(mask.shape)}")
         mask = mask.to(self.weight.device)
-        if revived := int((mask & ~self.mask).sum()):
+        if revived := int((mask & ~self.mask).count_nonzero()):
             raise LosaError(f"the new mask revives {revived} pruned weights: masks must be nested")
         self.weight.masked_fill_(~mask, 0)
         self.mask_bits.copy_(masks.pack(mask))

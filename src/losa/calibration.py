@@ -1,12 +1,15 @@
 """Streams calibration sequences through a model block by block; knows nothing of what is gathered from them.
 
 Held at a time: the hidden states that enter one block (each batch is replaced by what leaves it), never two blocks' full
-features, and on the compute device one block and one batch.
+features, and on the compute device one block and one batch. With a folder to spill to, hidden states are in a file there,
+mapped into memory, and take none that the system could not have back.
 """
 
+import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from losa import distributed
 from losa.errors import LosaError
 from losa.model import Block
+from losa.run import writing
 
 BATCH_TOKENS = 4096  # tokens that go through a block at once: GEMMs are long enough, intermediates stay small
 
@@ -26,8 +30,10 @@ class _Captured(Exception):
 class Stream:
     """The hidden states of `tokens` (int64 [samples, length]) in front of the next block, in batches.
 
-    Of several processes each holds its share of the sequences, `tokens` then; `samples` are all of them. `device` is where blocks compute: a block whose weights live elsewhere visits it and goes back. `sequences`: how
-    many make a batch; None: as many as have BATCH_TOKENS.
+    Of several processes each holds its share of the sequences, `tokens` then; `samples` are all of them. `device` is where
+    blocks compute: a block whose weights live elsewhere visits it and goes back. `sequences`: how many make a batch; None:
+    as many as have BATCH_TOKENS. `spill`: the folder for the hidden states; None: in memory. Raises LosaError if the disk
+    has no room for them.
     """
 
     def __init__(
@@ -37,17 +43,20 @@ class Stream:
         tokens: Tensor,
         device: torch.device,
         sequences: int | None = None,
+        spill: Path | None = None,
     ) -> None:
-        self.device = device
+        self.device, self._spill = device, spill
         self.samples, self.length = tokens.shape
         self.tokens = tokens[slice_of(distributed.share(self.samples))]
+        self.batches = self.tokens.split(sequences or max(1, BATCH_TOKENS // self.length))
         self.hiddens: list[Tensor] = []
         self.unpacked = False  # whether the model takes the first of what a block returns; known once one has run
         # a block's keyword arguments (mask, rotary embeddings) differ between blocks and batch sizes, not between batches
         self._arguments: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        home = next(model.parameters()).device
-        with torch.no_grad(), replaced(blocks, self._recorder(blocks)):
-            for batch in self.tokens.split(sequences or max(1, BATCH_TOKENS // self.length)):
+        self._rest = torch.empty(0)  # the part of the file that no batch has yet, [sequences, length, hidden]
+        home = home_of(model)
+        with torch.no_grad(), _ends(blocks), replaced(blocks, self._recorder(blocks)):
+            for batch in self.batches:
                 try:
                     model(input_ids=batch.to(home), use_cache=False)
                 except _Captured:
@@ -59,7 +68,7 @@ class Stream:
             def record(hidden: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
                 hidden = named.pop("hidden_states") if hidden is None else hidden
                 if block is blocks[0]:
-                    self.hiddens.append(hidden)
+                    self.hiddens.append(self._placed(hidden))
                 whole = self.hiddens[-1]  # some models unpack what a block returns, and then hand on a part of `hidden`
                 self._arguments.setdefault((block.name, len(whole)), (rest, named))
                 if block is blocks[-1]:
@@ -69,6 +78,22 @@ class Stream:
             return record
 
         return recorder
+
+    def _placed(self, hidden: Tensor) -> Tensor:
+        """A new batch, where the stream keeps its hidden states."""
+        if self._spill is None:
+            return hidden
+        if not self.hiddens:
+            self._rest = mapped(self._spill, (len(self.tokens), *hidden.shape[1:]), hidden.dtype)
+        place, self._rest = self._rest[: len(hidden)], self._rest[len(hidden) :]
+        return place.copy_(hidden)
+
+    def _replace(self, index: int, out: Tensor) -> None:
+        """The batch is now what a block made of it."""
+        if self._spill is None:
+            self.hiddens[index] = out.to(self.hiddens[index].device)
+        else:
+            self.hiddens[index].copy_(out)
 
     def run(self, block: Block, hidden: Tensor) -> Tensor:
         """What `block` makes of one batch, [sequences, length, hidden]; both are on the compute device already."""
@@ -80,14 +105,29 @@ class Stream:
 
     def outputs(self, block: Block) -> Generator[Tensor]:
         """What `block` makes of each batch; the stream stays in front of it."""
-        with torch.no_grad(), visiting(block.module, self.device):
+        with torch.no_grad(), visiting(block, self.device):
             for hidden in self.hiddens:
                 yield self.run(block, hidden.to(self.device))
+
+    def behind(self, blocks: list[Block], hidden: Tensor) -> AbstractContextManager[None]:
+        """Inside, a pass through the model takes its blocks to have made `hidden` of it."""
+        made = (hidden,) if self.unpacked else hidden
+        return replaced(blocks, lambda block: lambda *rest, **named: made)
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module, blocks: list[Block]) -> Generator[tuple[Tensor, Tensor]]:
+        """Each batch's ids and what the model makes of them; the stream has passed all blocks."""
+        with _ends(blocks):
+            for batch, hidden in zip(self.batches, self.hiddens, strict=True):
+                ids = batch.to(hidden.device)
+                with self.behind(blocks, hidden):
+                    logits = model(input_ids=ids, use_cache=False).logits
+                yield ids, logits
 
     def advance(self, block: Block) -> None:
         """Run `block` for good: the stream stands behind it."""
         for i, out in enumerate(self.outputs(block)):
-            self.hiddens[i] = out.to(self.hiddens[i].device)
+            self._replace(i, out)
 
     def observe(self, block: Block, statistics: dict[str, Any], advance: bool = False) -> list[str]:
         """Run `block`; every linear's inputs go to its statistic: update(x [tokens, in], sequences).
@@ -120,7 +160,7 @@ class Stream:
                 sequences = len(hidden)
                 out = next(outputs)
                 if advance:
-                    self.hiddens[i] = out.to(hidden.device)
+                    self._replace(i, out)
             outputs.close()
         finally:
             for handle in hooks:
@@ -241,18 +281,45 @@ def replaced(blocks: list[Block], make: Callable[[Block], Callable[..., Any]]) -
             del block.module.forward
 
 
+def _ends(blocks: list[Block]) -> AbstractContextManager[None]:
+    """What stands around the blocks can be used inside."""
+    return blocks[0].home.ends() if blocks[0].home else nullcontext()
+
+
 @contextmanager
-def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """`module` is on `device`, and back where it was at the end."""
-    home = next(module.parameters()).device
-    if home == device:
-        yield
-        return
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
+def visiting(block: Block, device: torch.device) -> Iterator[None]:
+    """`block` is on `device`, and back where it was at the end: in memory elsewhere, or on disk."""
+    with block.present():
+        home = next(block.module.parameters()).device
+        if home == device:
+            yield
+            return
+        block.module.to(device)
+        try:
+            yield
+        finally:
+            block.module.to(home)
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """Where what comes from the model is kept: where its weights are, or the CPU if these are on disk."""
+    home = next(model.parameters()).device
+    return torch.device("cpu") if home.type == "meta" else home
+
+
+def mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file of `folder` that nobody else sees, and that is gone with it. Raises LosaError if the disk is full.
+
+    The file has its room before it is written through the mapping, where a full disk would end the process.
+    """
+    path, size = folder / "activations", torch.Size(shape).numel()
+    with writing(folder):
+        try:
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -27,13 +27,25 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def check_files(folder: Path) -> None:
-    """Every safetensors file is there and as long as its header says: an interrupted download is found in milliseconds."""
+    """Every safetensors file is there, as long as its header says and holds what the index says.
+
+    An interrupted download is found in milliseconds. Raises LosaError.
+    """
+    found: dict[str, str] = {}  # file by key
     for path in files_of(folder):
         if not path.is_file():
             others = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
             note = f" ({others[0]} is a pickle, which losa does not load: convert it to safetensors)" if others else ""
             raise LosaError(f"{folder} has no {path.name}: the model is incomplete{note}")
-        open_file(path)
+        for key in open_file(path).keys():  # noqa: SIM118
+            if key in found:
+                raise LosaError(f"{folder}: both {found[key]} and {path.name} hold {key}: download the model again")
+            found[key] = path.name
+    index = folder / INDEX
+    for key, name in json.loads(index.read_text())["weight_map"].items() if index.is_file() else ():
+        if found.get(key) != name:
+            where = f"{found[key]} does" if key in found else "no file does"
+            raise LosaError(f"{index} says that {name} holds {key}, but {where}: download the model again")
 
 
 def weight_bytes(folder: Path) -> int:

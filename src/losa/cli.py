@@ -301,8 +301,10 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
     names = ("step", "sparsity", "mean_rank", "rows")
     print_table([names, *(tuple(str(step[name]) for name in names) for step in planned["steps"])])
     each = f" of each of {planned['processes']} processes" if planned["processes"] > 1 else ""
+    places = [f"{what} on disk" for what in ("model", "activations") if planned[f"{what}_on_disk"]]
+    note = f" ({', '.join(places)})" if places else ""
     print(
-        f"memory{each} at its peak, about {size(planned['memory'])}; disk, about {size(planned['disk'])}; the "
+        f"memory{each} at its peak, about {size(planned['memory'])}{note}; disk, about {size(planned['disk'])}; the "
         f"{settings.format} model, about {size(planned['saved'])}"
     )
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losa import compare, data, distributed, model, sources
+from losa import calibration, compare, data, distributed, model, sources
+from losa.calibration import Stream
 from losa.errors import LosaError
+from losa.model import Block
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.tasks import harness
-
-BATCH_TOKENS = 4096
 
 
 @torch.no_grad()
@@ -28,25 +28,20 @@ def perplexity(model: Any, tokens: Tensor, window: int, stride: int = 0, *, prog
     context. Losses in fp32, their sum in float64.
     Raises LosaError for less than one window, a stride that skips tokens, and if the model's output is not a number.
     """
-    if not 2 <= window <= len(tokens):
-        raise LosaError(
-            f"perplexity needs a window of 2 tokens at least and text that fills it: {len(tokens)} tokens, window {window}"
-        )
+    windows = whole_windows(tokens, window)
     if not 0 <= stride < window:
         raise LosaError(
             f"stride is {stride}: must be at least 1 and below the window ({window}), or 0 for windows that do not overlap"
         )
-    windows = tokens.unfold(0, window, stride or window)
     parts = [(windows, window - 1)]  # and how many of each window's last tokens count
     if stride:
+        windows = tokens.unfold(0, window, stride)
         parts = [(windows[:1], window - 1), (windows[1:], stride)]
         if rest := (len(tokens) - window) % stride:
             parts.append((tokens[None, len(windows) * stride :], rest))
     progress = progress or Progress(quiet=True)
     total = sum(_loss(model, part, counted, progress) for part, counted in parts if len(part))
-    if not math.isfinite(total):
-        raise LosaError("the model's output is not a number: the weights are damaged or overflow in this dtype")
-    return math.exp(min(700.0, total / sum(len(part) * counted for part, counted in parts)))
+    return _perplexity(total, sum(len(part) * counted for part, counted in parts))
 
 
 def _loss(model: Any, windows: Tensor, counted: int, progress: Progress) -> float:
@@ -55,13 +50,12 @@ def _loss(model: Any, windows: Tensor, counted: int, progress: Progress) -> floa
     Several processes share the batches.
     """
     device = next(model.parameters()).device
-    batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+    batches = windows.split(max(1, calibration.BATCH_TOKENS // windows.shape[1]))
     total = torch.zeros(1, dtype=torch.float64)
     for index, counts in progress.track(list(distributed.turns(len(batches))), "perplexity", "batch"):
         ids = batches[index].to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, -counted - 1 : -1]
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, -counted:].flatten(), reduction="none")
-        total += losses.double().sum().item() if counts else 0.0
+        loss = _loss_of(model(input_ids=ids, use_cache=False).logits, ids, counted)
+        total += loss if counts else 0.0
     distributed.sum_([total])
     return total.item()
 
@@ -74,6 +68,34 @@ def spread(tokens: Tensor, window: int, wanted: int) -> Tensor:
     there, count = len(tokens) // window, wanted // window
     chosen = [there * i // count for i in range(count)]
     return torch.cat([tokens[i * window : (i + 1) * window] for i in chosen])
+
+
+def _loss_of(logits: Tensor, ids: Tensor, counted: int) -> float:
+    logits = logits[:, -counted - 1 : -1]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, -counted:].flatten(), reduction="none")
+    return losses.double().sum().item()
+
+
+def perplexity_behind(stream: Stream, model: Any, blocks: list[Block]) -> float:
+    """The perplexity of whole windows (`whole_windows`) that `stream` has carried through all of the model's blocks."""
+    total = sum(_loss_of(logits, ids, stream.length - 1) for ids, logits in stream.logits(model, blocks))
+    return _perplexity(total, stream.samples * (stream.length - 1))
+
+
+def whole_windows(tokens: Tensor, window: int) -> Tensor:
+    """int64 [tokens] -> [windows, window]; what does not fill one is left out. Raises LosaError for less than one."""
+    if not 2 <= window <= len(tokens):
+        raise LosaError(
+            f"perplexity needs a window of 2 tokens at least and text that fills it: {len(tokens)} tokens, window {window}"
+        )
+    return tokens.unfold(0, window, window)
+
+
+def _perplexity(total: float, count: int) -> float:
+    """Raises LosaError if the sum of the losses is not a number."""
+    if not math.isfinite(total):
+        raise LosaError("the model's output is not a number: the weights are damaged or overflow in this dtype")
+    return math.exp(min(700.0, total / count))
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,17 @@ def gather(
     """What `allocator` needs of each unit, from the calibration `tokens` (int64 [samples, length]); [] if nothing."""
     if not allocator.needs:
         return []
-    stream = Stream(subject.model, subject.blocks, tokens, choose_device(recipe.device))
+    stream = Stream(subject.model, subject.blocks, tokens, choose_device(recipe.device), spill=subject.spill)
     seen: list[Tensor] = []
     for block in run.track(subject.blocks, f"step {step}/{recipe.steps}: sparsity by {recipe.rates_per}"):
         here = [(unit, floor) for unit, floor in zip(units, floors, strict=True) if unit.block is block]
-        if allocator.needs == "scores":
-            seen += _digests(block, [unit for unit, _ in here], allocator, stream)
-            continue
-        if allocator.needs == "errors":
-            seen += _errors(block, here, allocator, step, recipe, stream)
-        stream.advance(block)
+        with block.present():
+            if allocator.needs == "scores":
+                seen += _digests(block, [unit for unit, _ in here], allocator, stream)
+                continue
+            if allocator.needs == "errors":
+                seen += _errors(block, here, allocator, step, recipe, stream)
+            stream.advance(block)
         if allocator.needs == "grams" and here:
             seen.append(stream.gram(len(tokens)))
     return seen

@@ -1,6 +1,7 @@
 """The merged model out: a Hugging Face folder, dense with zeros or packed, with masks.safetensors and losa.json beside it."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,35 @@ def save(
     history: list[dict[str, Any]],
     run: Run,
 ) -> Path | None:
-    """Write everything into run/export, then move it into place; losa.json, written last, says that it is whole.
+    """The merged model with all that belongs to it.
 
     bits: keep-masks by linear, packed, or the rows and columns that `shrink` kept, without those that packed linears
     hold. pairs: (A [r, in], B [out, r]) by linear if they do not merge. Raises LosaError
     if the disk refuses.
+    """
+
+    def write(staging: Path) -> int:
+        subject.model.save_pretrained(staging)
+        _name_architecture(subject.model.config, staging)
+        if pairs is not None:
+            _save_adapter(staging / "adapter", pairs, recipe, subject.source)
+        return weight_bytes(staging) + sum(path.stat().st_size for path in staging.glob("adapter/*"))
+
+    return publish(subject, recipe, write, bits, measurements, history, run)
+
+
+def publish(
+    subject: Subject,
+    recipe: Recipe,
+    write: Callable[[Path], int],
+    bits: dict[str, Tensor],
+    measurements: dict[str, Any],
+    history: list[dict[str, Any]],
+    run: Run,
+) -> Path | None:
+    """Write everything into run/export, then move it into place; losa.json, written last, says that it is whole.
+
+    write: what writes the model there, and returns the bytes of its weights.
     """
     if run.output is None or not run.writes:
         return run.output
@@ -38,15 +63,10 @@ def save(
     with writing(run.output):
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        subject.model.save_pretrained(staging)
-        _name_architecture(subject.model.config, staging)
+        measurements["sparse"]["disk"] = write(staging)
         subject.tokenizer.save_pretrained(staging)
         if bits:
             save_file({name: mask.cpu() for name, mask in bits.items()}, staging / MASKS, {"losa": str(FORMAT)})
-        if pairs is not None:
-            _save_adapter(staging / "adapter", pairs, recipe, subject.source)
-        adapter = sum(path.stat().st_size for path in staging.glob("adapter/*"))
-        measurements["sparse"]["disk"] = weight_bytes(staging) + adapter
         summary = {
             "format": FORMAT,
             "command": recipe.command,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from losa.calibration import Stream, replaced, unreached, visiting
+from losa.calibration import Stream, unreached, visiting
 from losa.errors import LosaError
 from losa.model import Block
 from losa.pruners.base import Pruner, Statistic
@@ -41,8 +41,7 @@ class Backward:
     def _of_loss(self, model: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
         """The gradient of one sequence's loss with respect to what the last block makes, `hidden` [1, length, hidden]."""
         hidden, ids = hidden.detach().requires_grad_(), ids.to(next(model.parameters()).device)
-        made = (hidden,) if self.stream.unpacked else hidden
-        with torch.enable_grad(), replaced(self.blocks, lambda block: lambda *rest, **named: made):
+        with torch.enable_grad(), self.stream.behind(self.blocks, hidden):
             loss = next_token_loss(model, ids, torch.ones_like(ids), ids)
         if not math.isfinite(loss.item()):
             raise LosaError("the calibration loss is not a number: the weights are damaged or overflow in this dtype")
@@ -87,7 +86,7 @@ class Backward:
 
         hooks = [linear.register_forward_hook(hook(name)) for name, linear in block.linears.items()]
         try:
-            with visiting(block.module, device):
+            with visiting(block, device):
                 for i, hidden in enumerate(self._before(block.index)):
                     x = hidden.detach().to(device).requires_grad_()
                     with torch.enable_grad():

@@ -1,12 +1,13 @@
 """Before a run begins: what can be known to be wrong, and everything it reads, as tokens."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losa import data, distributed, model, registry, sources, structure
 from losa.errors import LosaError
@@ -149,14 +150,12 @@ def _prompts(recipe: Recipe, tokenizer: Any, evaluation: Tensor | None, longest:
 
 def fingerprint(subject: Subject, inputs: Inputs) -> dict[str, str]:
     """Of all tokens and of some of every weight, so that no run is resumed, and no other process joined, with others."""
-    parts: dict[str, list[tuple[str, Tensor]]] = {
+    samples = subject.home.samples() if subject.home else _samples(subject.model)
+    parts: dict[str, Iterable[tuple[str, Tensor]]] = {
         "the calibration text": [("", inputs.calibration)],
         "the training text": [("", tensor) for example in inputs.examples for tensor in example],
         "the evaluation text": [("", tensor) for tensor in [inputs.evaluation] if tensor is not None],
-        "the model": [
-            (f"{name} {list(weight.shape)}", weight.detach().flatten()[:: max(1, weight.numel() // 1000)].float().cpu())
-            for name, weight in subject.model.named_parameters()
-        ],
+        "the model": ((f"{name} {shape}", some) for name, shape, some in samples),
     }
     found = {}
     for what, tensors in parts.items():
@@ -165,6 +164,12 @@ def fingerprint(subject: Subject, inputs: Inputs) -> dict[str, str]:
             digest.update(f"{name} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
         found[what] = digest.hexdigest()
     return found
+
+
+def _samples(whole: nn.Module) -> Iterator[tuple[str, list[int], Tensor]]:
+    for name, weight in whole.named_parameters():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)].float().cpu()
+        yield name, list(weight.shape), some
 
 
 def allocation_samples(recipe: Recipe) -> int:

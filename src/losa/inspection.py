@@ -4,15 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from losa import calibration, distributed, experts, masks, model, registry
+from losa import distributed, experts, masks, memory, model, registry
 from losa.checkpoint import Checkpoint, weight_bytes
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.progress import Progress
 from losa.recipe import Recipe, from_settings
-from losa.recovery import distillation, footprint
 from losa.recovery.low_rank import MaskedLowRank
 from losa.run import FORMAT, read_recipe
 from losa.sparse.linear import layouts_in
@@ -90,61 +87,29 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     blocks = model.prunable(skeleton, recipe)
     device = model.choose_device(recipe.device)
     dtype = model.choose_dtype(recipe.dtype, device)
+    way = memory.choose(source, recipe, config)
     recovery = registry.get("recovery", recipe.recovery)
     parameters = sum(p.numel() for p in skeleton.parameters())
     weights = sum(block.weights for block in blocks)
     linears = [(name, linear) for block in blocks for name, linear in block.linears.items()]
     wanted = model.targeted([name for name, _ in linears], recipe) if recipe.trains else set()
-    adapted = [linear for name, linear in linears if name in wanted]
-    trained = sum(recovery.parameters((linear.out_features, linear.in_features), recipe) for linear in adapted)
-    if recipe.finetune_first:  # one after the other
-        tuned = MaskedLowRank.parameters
-        trained = max(trained, sum(tuned((linear.out_features, linear.in_features), recipe) for linear in adapted))
+    trained = memory.trained(recipe, {name: linear for name, linear in linears if name in wanted})
     pairs = 4 * trained if recovery.ranks else 0  # bytes of values that are there all the time
-    hidden = skeleton.get_input_embeddings().embedding_dim
+    hidden, size = skeleton.get_input_embeddings().embedding_dim, dtype.itemsize
     processes = distributed.launched()
-    tokens = -(-recipe.calibration_samples // processes) * recipe.sequence_length if recipe.prunes else 0
-    size, vocabulary = dtype.itemsize, config.get_text_config().vocab_size
-    gradients = recipe.prunes and registry.get("pruner", recipe.pruner).needs_gradients
-
-    base = parameters * size + weights // 8
-    if (
-        recipe.shard == "blocks" and processes > 1
-    ):  # a slice of all, and two blocks whole; the model itself is on the CPU
-        whole = 2 * max(sum(p.numel() for p in block.module.parameters()) for block in blocks) * size
-        base = base // processes + whole + (base if device.type == "cpu" else 0)
-    base += pairs + (parameters * size if recipe.needs_dense_copy or recipe.teacher_model else 0)
-    features = min(recipe.error_tokens or tokens * processes, tokens * processes) * hidden * size * len(blocks)
-    statistics = max(_statistics(block, recipe) for block in blocks) if recipe.prunes else 0
-    activations = min(calibration.BATCH_TOKENS, tokens) * 4 * max(linear.out_features for _, linear in linears) * size
-    held = len(blocks).bit_length() + 1 if gradients else 1  # sets of hidden states
-    logits = recipe.sequence_length * vocabulary * (size + 8) if gradients else 0
-    calibrating = held * tokens * hidden * size + features + statistics + activations + logits
-    if recipe.reconstruct:  # the dense stream, and one block's values, gradients, moments and activations
-        widest = max(block.weights for block in blocks)
-        calibrating += tokens * hidden * size + round(16 * widest * (1 - recipe.sparsity_at(1))) + 4 * activations
-    seen = [
-        sum(
-            (x.in_features + 2 * x.out_features) * experts.share_of_tokens(skeleton, n)
-            for n, x in block.linears.items()
-        )
-        for block in blocks
-    ]
-    rows = footprint.rows_at_once(recipe) * recipe.train_length
-    training = footprint.estimate(recipe, trained, seen, hidden, size) - pairs if adapted else 0
-    training += rows * vocabulary * (size + 8) if adapted else 0
-    kept = 0  # bytes of a cached teacher's predictions, on disk
-    if adapted and recipe.distill:
-        live = recipe.teacher == "live"  # which is one more model, and its logarithms in fp32
-        chunk = min(rows * vocabulary, distillation.CHUNK)
-        training += rows * vocabulary * (2 * size + 4 * live - 8) + 16 * chunk
-        kept = 0 if live else 6 * recipe.train_samples * recipe.train_length * recipe.teacher_top
+    tokens = recipe.calibration_samples * recipe.sequence_length if recipe.prunes else 0
+    features = min(recipe.error_tokens or tokens, tokens) * hidden * size * len(blocks)
+    kept = 0  # bytes of a cached teacher's predictions
+    if wanted and recipe.distill and recipe.teacher == "cached":
+        kept = 6 * recipe.train_samples * recipe.train_length * recipe.teacher_top
     stored = min(size, getattr(config.dtype, "itemsize", size))
     result = parameters * stored
     if recipe.format == "packed":
         value = 1 if recipe.values == "int8" else stored
         result -= weights * stored - round(weights * (1 - recipe.sparsity)) * value - weights // 8
-    state = weights * size + weights // 8 + pairs
+    # each state is replaced by a whole new one beside it; from disk there are masks, and the result
+    state = weights // 8 if way.from_disk else parameters * size + 2 * (weights * size + weights // 8 + pairs)
+    spilled = tokens * hidden * size if way.spill else 0
     return {
         "model": type(skeleton).__name__,
         "device": str(device),
@@ -153,7 +118,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         "blocks": len(blocks),
         "prunable": weights,
         "kept": round(weights * (1 - recipe.sparsity)),
-        "linears_adapted": len(adapted),
+        "linears_adapted": len(wanted),
         "trained": MaskedLowRank.trained if recipe.finetune_first and not recovery.trains else recovery.trained,
         "parameters_trained": trained,
         "merges": recovery.merges,
@@ -167,24 +132,10 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
             for step in range(0 if recipe.finetune_first else 1, recipe.steps + 1)
         ],
         "processes": processes,
-        "memory": base + max(calibrating, training),
-        "memory_parts": {"model": base, "calibration": calibrating, "recovery": training},
-        # each state is replaced by a whole new one beside it
+        "memory": round(way.memory),
+        "memory_parts": {name: round(part) for name, part in way.parts.items()},
+        "model_on_disk": way.from_disk,
+        "activations_on_disk": way.spill,
         "saved": result,
-        "disk": parameters * size + weights // 8 + 2 * state + features + 3 * 4 * trained + kept,
+        "disk": (result if way.from_disk else 0) + weights // 8 + state + spilled + features + 3 * 4 * trained + kept,
     }
-
-
-def _statistics(block: model.Block, recipe: Recipe) -> int:
-    """Bytes of the pruner's statistics of a block, one for each width of input at least."""
-    pruner = recipe.build("pruner")
-    total = 0
-    for linear in block.linears.values():
-        with torch.device("meta"):
-            if pruner.needs_gradients:
-                statistic = pruner.gradient_statistic(linear.weight.shape, "meta")
-            else:
-                statistic = pruner.statistic(linear.in_features, "meta")
-        if statistic is not None:
-            total += sum(tensor.numel() * tensor.itemsize for tensor in statistic.tensors().values())
-    return total

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,9 @@ from losa.sparse.linear import PackedLinear
 
 if TYPE_CHECKING:
     from losa.adapters import MaskedLinear
+if TYPE_CHECKING:
+    from losa.adapters import MaskedLinear
+    from losa.disk import OnDisk
     from losa.recovery.distillation import Teacher
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -28,12 +31,20 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass
 class Block:
-    """A decoder block and its prunable linears (there may be none) by full name; `Subject.wrap` makes these MaskedLinears."""
+    """A decoder block and its prunable linears (there may be none) by full name; `Subject.wrap` makes these MaskedLinears.
+
+    `home`: where its weights are while it is not `present`, if that is the disk; its module is then on the meta device.
+    """
 
     index: int
     name: str
     module: nn.Module
     linears: dict[str, Any]
+    home: "OnDisk | None" = None
+
+    def present(self) -> AbstractContextManager[None]:
+        """Its weights are in memory inside; those of a model that lives there always are."""
+        return self.home.present(self) if self.home else nullcontext()
 
     @property
     def masked(self) -> dict[str, "MaskedLinear"]:
@@ -47,7 +58,10 @@ class Block:
 @dataclass
 class Subject:
     """What is compressed: the model, its tokenizer, its blocks in order, where it came from, the type it is saved in, and
-    what teaches it while it is repaired."""
+    what teaches it while it is repaired.
+
+    `home`: if the model stays on disk, what brings its parts. `spill`: the folder for activations, if not in memory.
+    """
 
     model: Any
     tokenizer: Any
@@ -56,6 +70,8 @@ class Subject:
     stored: torch.dtype
     teacher: "Teacher | None" = None
     dense: Any = None  # a frozen copy of the dense model, where something needs it later
+    home: "OnDisk | None" = None
+    spill: Path | None = None
 
     @property
     def pad_id(self) -> int:
@@ -65,7 +81,7 @@ class Subject:
     @property
     def size(self) -> int:
         """Bytes of the weights in the type they are saved in: what the model takes in memory, once loaded."""
-        tensors = {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}  # tied ones once
+        tensors = {id(tensor): tensor for tensor in self.model.state_dict(keep_vars=True).values()}  # tied ones once
         wide = self.stored.itemsize
         return sum(
             t.numel() * (min(wide, t.itemsize) if t.is_floating_point() else t.itemsize) for t in tensors.values()
@@ -78,28 +94,46 @@ class Subject:
         """
         names = [name for block in self.blocks for name in block.linears]
         wanted = targeted(names, recipe) if max_rank else set()
-        self.model.requires_grad_(False)
-        experts.split(self.model)
-        for block in self.blocks:
+
+        def wrap(block: Block) -> None:
+            block.module.requires_grad_(False)
+            experts.split(block.module)
             for name in block.linears:
-                linear: Any = self.model.get_submodule(name)
+                linear: Any = block.module.get_submodule(inner := name.removeprefix(f"{block.name}."))
                 block.linears[name] = make(linear, max_rank if name in wanted else 0, recipe.scaling)
-                self.model.set_submodule(name, block.linears[name])
+                block.module.set_submodule(inner, block.linears[name])
+
+        if self.home is not None:
+            self.home.prepare = wrap
+            return
+        self.model.requires_grad_(False)
+        for block in self.blocks:
+            wrap(block)
+
+    def round_block(self, block: Block) -> None:
+        """Round the weights of `block` to what is stored: with no recovery to come, later blocks see what will be there."""
+        for parameter in block.module.parameters():
+            parameter.data = parameter.data.to(self.stored).to(parameter.dtype)
 
     def merge(self) -> dict[str, torch.Tensor]:
         """Put plain linears back, the adaptation merged and rounded to what is stored, every pruned weight zero.
 
         Returns the keep-masks, packed (`masks.pack`), by the linears' names.
         """
-        bits = {}
-        for block in self.blocks:
-            for name, linear in block.masked.items():
-                bits[name] = linear.mask_bits
-                block.linears[name] = linear.merge()
-                self.model.set_submodule(name, block.linears[name])
+        bits = {name: mask for block in self.blocks for name, mask in self.merge_block(block).items()}
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(self.stored).to(parameter.dtype)
-        experts.join(self.model)
+        return bits
+
+    def merge_block(self, block: Block) -> dict[str, torch.Tensor]:
+        """The same for one block, which must be present."""
+        bits = {}
+        for name, linear in block.masked.items():
+            bits[name] = linear.mask_bits
+            block.linears[name] = linear.merge()
+            block.module.set_submodule(name.removeprefix(f"{block.name}."), block.linears[name])
+        self.round_block(block)
+        experts.join(block.module)
         return bits
 
     def narrow(self) -> None:
@@ -119,13 +153,8 @@ def targeted(names: list[str], recipe: Recipe) -> set[str]:
     return wanted
 
 
-def find_blocks(model: nn.Module, ignore: list[str] | None = None) -> list[Block]:
-    """The decoder blocks: the list of modules with linears that holds most of the model. Raises LosaError if there is none.
-
-    Every nn.Linear of a block whose full name no pattern of `ignore` matches is prunable, but for routers. Experts held
-    as 3-D parameters are listed as the linears that `experts.split` will make of them. Raises LosaError for weights in
-    any other form.
-    """
+def stack_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of modules with linears that holds most of the model, and its name. Raises LosaError if there is none."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -134,7 +163,17 @@ def find_blocks(model: nn.Module, ignore: list[str] | None = None) -> list[Block
     if not lists:
         what = "decoder blocks" if any(isinstance(m, nn.Linear) for m in model.modules()) else "Linear layers"
         raise LosaError(f"{type(model).__name__} has no {what} that losa can find: it is not supported")
-    name, stack = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def find_blocks(model: nn.Module, ignore: list[str] | None = None) -> list[Block]:
+    """The decoder blocks. Raises LosaError if there are none.
+
+    Every nn.Linear of a block whose full name no pattern of `ignore` matches is prunable, but for routers. Experts held
+    as 3-D parameters are listed as the linears that `experts.split` will make of them. Raises LosaError for weights in
+    any other form.
+    """
+    name, stack = stack_of(model)
     blocks = []
     for index, module in enumerate(stack):
         prefix = f"{name}.{index}"
@@ -307,7 +346,7 @@ def load_config(source: str) -> Any:
     """The model's configuration and nothing else. Raises LosaError if it cannot be had, or asks for code of its own."""
     from transformers import AutoConfig
 
-    with _loading(source):
+    with loading(source):
         return AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
 
 
@@ -343,7 +382,7 @@ def load_tokenizer(source: str, config: Any) -> Any:
     """The model's tokenizer. Raises LosaError if there is none, or it has more tokens than the model."""
     from transformers import AutoTokenizer
 
-    with _loading(source):
+    with loading(source):
         tokenizer = AutoTokenizer.from_pretrained(locate(source), trust_remote_code=False)
     data.check_tokenizer(tokenizer, config.get_text_config().vocab_size)
     return tokenizer
@@ -357,7 +396,7 @@ def load(source: str, recipe: Recipe) -> Any:
     from transformers import AutoModelForCausalLM
 
     device = choose_device(recipe.device)
-    with _loading(source):
+    with loading(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             locate(source),
             dtype=choose_dtype(recipe.dtype, device),
@@ -366,14 +405,19 @@ def load(source: str, recipe: Recipe) -> Any:
             output_loading_info=True,
         )
     model, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise LosaError(f"the weights of {source!r} are incomplete: {len(missing)} are missing, such as {missing[0]}")
+    check_complete(found, source)
     # a model that is sharded over devices, a block at a time, need not fit one
     return model if recipe.shard == "blocks" and distributed.world() > 1 else model.to(device)
 
 
+def check_complete(found: dict[str, Any], source: str) -> None:
+    """Raise LosaError if from_pretrained's `loading_info` says that weights were missing."""
+    if missing := sorted(found["missing_keys"]):
+        raise LosaError(f"the weights of {source!r} are incomplete: {len(missing)} are missing, such as {missing[0]}")
+
+
 @contextmanager
-def _loading(source: str) -> Iterator[None]:
+def loading(source: str) -> Iterator[None]:
     """Whatever transformers, safetensors or the hub raise, in one line."""
     try:
         yield
@@ -389,7 +433,7 @@ def skeleton(config: Any) -> Any:
     """The model without weights, to look at its structure. Raises LosaError if it is no causal language model."""
     from transformers import AutoModelForCausalLM
 
-    with _loading(config.name_or_path or config.model_type), torch.device("meta"):
+    with loading(config.name_or_path or config.model_type), torch.device("meta"):
         whole: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored["quant_method"] == STRUCTURED:
@@ -408,10 +452,12 @@ def subject_of(model: Any, tokenizer: Any, source: str, recipe: Recipe, stored: 
     return Subject(model, tokenizer, prunable(model, recipe), source, stored)
 
 
-def check_finite(model: nn.Module) -> None:
+def check_finite(model: nn.Module, prefix: str = "") -> None:
     """Raise LosaError naming the first weight that holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+    for name, parameter in model.named_parameters(prefix):
+        if parameter.numel() and not bool(
+            torch.stack(parameter.aminmax()).isfinite().all()
+        ):  # without a mask of it all
             raise LosaError(
                 f"weight {name} holds NaN or infinity: the model is damaged or overflows in {parameter.dtype}"
             )

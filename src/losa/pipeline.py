@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from torch import Tensor
 from losa import (
     calibration,
     data,
+    disk,
     distributed,
     evidence,
     export,
     gradients,
     masks,
+    memory,
     model,
     ranks,
     registry,
@@ -48,7 +50,10 @@ from losa.sparse.linear import pack_model
 
 @dataclass
 class Result:
-    """A compressed model: merged, in memory, dense or packed as it was saved, and where. `history` has rates, errors and ranks of every step."""
+    """A compressed model: merged, in memory, dense or packed as it was saved, and where. `history` has rates, errors and ranks of every step.
+
+    `model` is None where it was left on disk: `path` has it.
+    """
 
     model: Any
     tokenizer: Any
@@ -62,7 +67,9 @@ class Result:
 class Dense:
     """What is remembered of the dense model."""
 
-    features: Tensor  # [blocks, tokens, hidden]: what each block put out, at a seeded sample of this process's tokens
+    features: (
+        Sequence[Tensor] | Tensor
+    )  # by block [tokens, hidden]: what it put out, at a seeded sample of this process's tokens
     grams: Tensor  # float64 [blocks, n, n]; n = 0 if no allocator asks for them
     measured: dict[str, Any]  # perplexity, size
 
@@ -101,7 +108,10 @@ def compress(
     made = recipe
 
     def begin(subject: Subject, inputs: Inputs) -> Callable[[Run], Result]:
-        return lambda run: _compress(subject, made, inputs, run)
+        from losa import from_disk
+
+        work = from_disk.compress if subject.home else _compress
+        return lambda run: work(subject, made, inputs, run)
 
     return start(source, recipe, output, begin, tokenizer, resume, overwrite, progress)
 
@@ -164,17 +174,25 @@ def _start(
             run.resume(recipe, name)
             if run.finished:
                 return finished(run, recipe, tokenizer)
+        way = memory.choose(source, recipe, config, output is not None, run.from_disk)
         with run.phase("reading"):
             inputs = read(recipe, tokenizer, config)
         with run.phase("loading"):
-            loaded = model.load(source, recipe) if isinstance(source, str) else source
-        subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
+            if way.from_disk:
+                dtype = model.choose_dtype(recipe.dtype, device_of(recipe))
+                subject = disk.OnDisk(disk.local(source), dtype).subject(tokenizer, name, recipe, config.dtype)
+            else:
+                loaded = model.load(source, recipe) if isinstance(source, str) else source
+                subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
+        subject.spill = run.folder if way.spill else None
         if distributed.world() > 1:
             distributed.check_alike(fingerprint(subject, inputs))
         go = begin(subject, inputs)
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
-            run.start(recipe, name, overwrite)
-        run.log("machine", **usage.machine(device_of(recipe)), dtype=str(loaded.dtype).removeprefix("torch."))
+            run.start(recipe, name, overwrite, way.from_disk)
+        run.log("machine", **usage.machine(device_of(recipe)), dtype=str(subject.model.dtype).removeprefix("torch."))
+        if way.from_disk or way.spill:
+            run.say(str(way))
         return go(run)
     finally:
         run.close()
@@ -327,19 +345,25 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
         measured = measure(subject, recipe, inputs, run) | {"size": subject.size}
     else:
         measured = first_look(subject, recipe, inputs, run)
-    needs_grams = registry.get("allocator", recipe.allocator).needs == "grams" and recipe.kept.allocates
     features, grams = [], []
     with run.phase("dense features"):
-        stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe))
+        stream = calibration.Stream(
+            subject.model, subject.blocks, inputs.calibration, device_of(recipe), spill=subject.spill
+        )
         for block in run.track(subject.blocks, "dense model"):
             stream.advance(block)
             features.append(stream.sample(positions).cpu())
-            grams.append(stream.gram(allocation_samples(recipe)) if needs_grams else torch.empty(0, 0))
-    dense = Dense(torch.stack(features), torch.stack(grams), measured)
-    whole = distributed.collect(dense.features.transpose(0, 1)).transpose(0, 1).contiguous()
+            grams.append(stream.gram(allocation_samples(recipe)) if needs_grams(recipe) else torch.empty(0, 0))
+    own_features, own_grams = torch.stack(features), torch.stack(grams)
+    whole = distributed.collect(own_features.transpose(0, 1)).transpose(0, 1).contiguous()
     run.log("finetuned" if recipe.finetune_first else "dense", **measured)  # first: what is saved is never done again
-    run.save("dense", {"features": whole, "grams": dense.grams}, {"measured": measured, "seen": seen})
-    return dense
+    run.save("dense", {"features": whole, "grams": own_grams}, {"measured": measured, "seen": seen})
+    return Dense(own_features, own_grams, measured)
+
+
+def needs_grams(recipe: Recipe) -> bool:
+    """Whether the first rates come from the dense model's Gram matrices."""
+    return registry.get("allocator", recipe.allocator).needs == "grams" and recipe.kept.allocates
 
 
 def check_same(meta: dict[str, Any], seen: dict[str, str]) -> None:
@@ -383,7 +407,9 @@ def prune(
     unreached: list[str] = []
     if pruner.needs_gradients:
         unreached = prune_by_gradients(subject, recipe, step, rates, inputs, pruner, run)
-    stream = calibration.Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe), sequences(recipe))
+    stream = calibration.Stream(
+        subject.model, subject.blocks, inputs.calibration, device_of(recipe), sequences(recipe), subject.spill
+    )
     target = target_of(subject, recipe, inputs.calibration, device_of(recipe))
     positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     errors = []
@@ -398,6 +424,8 @@ def prune(
             unreached += experts_of(missed, run)
         if target:
             reconstruct(block, stream, target, recipe, step, run)
+        if not recipe.trains:
+            subject.round_block(block)
         stream.advance(block)
         errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
         run.note(f"error {errors[-1]:.3f}")
@@ -543,7 +571,8 @@ def finished(run: Run, recipe: Recipe, tokenizer: Any) -> Result:
     assert output is not None
     run.drop_states()
     made = json.loads((output / "losa.json").read_text())
-    return Result(model.load(str(output), recipe), tokenizer, recipe, made["measurements"], made["history"], output)
+    loaded = None if run.from_disk else model.load(str(output), recipe)
+    return Result(loaded, tokenizer, recipe, made["measurements"], made["history"], output)
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -101,7 +101,8 @@ def prune_linear(
         pruned, mask = pruner.prune(merged, linear.mask.to(device), amount, statistic)
     except LosaError as error:
         raise LosaError(f"{name}: {error}") from error
-    changed = linear.weight + (pruned - merged).to(linear.weight.device) if pruner.changes_weights else None
+    changed = linear.weight + pruned.sub_(merged).to(linear.weight.device) if pruner.changes_weights else None
+    del merged, pruned  # as large as the weight; what follows takes its share too
     linear.set_mask(mask)
     if changed is not None:
         linear.weight.copy_(changed.mul_(linear.mask))

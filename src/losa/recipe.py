@@ -148,6 +148,11 @@ class Recipe:
         list, "texts that the model continues before and after, for the report, repeatable; default: two of eval_data"
     )
     sample_tokens: int = setting(64, "tokens of each continuation at most; 0 makes none")
+    memory: str = setting(
+        "",
+        "the most memory a run may take, such as 8GB; empty: what is free. What does not fit stays on disk: activations, "
+        "and of a one-shot run (steps 1, recovery none) the model too, which then comes block by block",
+    )
     checkpoint_minutes: float = setting(5.0, "minutes between checkpoints during recovery")
     format: Literal["dense", "packed"] = setting(
         "dense",
@@ -242,6 +247,8 @@ class Recipe:
         if self.allocator == "rmi":
             for name in ("allocation_samples", "calibration_samples"):
                 _require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2: RMI compares sequences")
+        if self.memory:
+            parse_size("memory", self.memory)
         _require(abs(self.seed) <= 10**15, "seed", self.seed, "at most 1e15 either way")
         if self.teacher_model and not self.distill:
             raise LosaError(f"teacher_model {self.teacher_model!r} would never be asked: set distill above 0")
@@ -492,6 +499,18 @@ def from_settings(settings: dict[str, Any], kind: type[Recipe] = Recipe) -> Reci
         if name not in known:
             raise registry.unknown("setting", name, known)
     return kind(**settings)
+
+
+UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(name: str, text: str) -> float:
+    """Bytes, from `8GB`, `500 MB`, `16GiB` or a number of them. Raises LosaError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = UNITS.get((found[2] or "B").upper()) if found else None
+    if found is None or unit is None or float(found[1]) <= 0:
+        raise LosaError(f"{name} {text!r}: write a size such as 8GB, 500MB or 16GiB")
+    return float(found[1]) * unit
 
 
 def _widened(value: Any, kind: Any) -> Any:

@@ -11,7 +11,8 @@ DIR/run/pruned.*       weights, masks and pairs after the latest pruning, and th
 DIR/run/teacher-*.*    what the dense model says of the recovery rows
 DIR/run/rate.*         the learning rate, if it was searched for
 DIR/run/recovery.*     the pairs or weights being trained since, with the optimizer's state
-DIR/*                  the finished model; losa.json comes last
+DIR/run/dense-*, rates.*, masks-*   of a run from disk: features by block, rates, masks and errors of finished blocks
+DIR/*                  the finished model; losa.json comes last. From disk, finished blocks are there as they are made
 
 Every file is written beside its place, synced and renamed over it.
 """
@@ -42,7 +43,7 @@ CLAIMED = "files.json"
 CARD = "README.md"
 REPORT = "report.html"
 REPORT_MARK = b"<!doctype html><!-- a report of losa -->"  # how a report begins
-STATES = ("finetuned", "dense", "before", "pruned", "rate", "recovery")
+STATES = ("finetuned", "dense", "before", "pruned", "rate", "rates", "recovery")
 FORMAT = 1  # of the run directory; a reader refuses others
 
 
@@ -64,8 +65,9 @@ class Run:
         self._saved_at = time.monotonic()
         self._lock: int | None = None
         self._early: list[str] | None = []  # what is to be logged once there is a folder
+        self.from_disk: bool | None = None  # whether the model stays on disk, once it has been chosen
 
-    def start(self, recipe: Recipe, source: str, overwrite: bool = False) -> None:
+    def start(self, recipe: Recipe, source: str, overwrite: bool = False, from_disk: bool = False) -> None:
         """Begin in `output`. Raises LosaError if something is there that may not be replaced, or it cannot be written."""
         if self.output is None or not self.writes:
             return
@@ -74,7 +76,8 @@ class Run:
             check_output(self.output, overwrite)
             self._take_lock()
             _remove(self.output)
-            write_json(self.folder / "recipe.json", asked)
+            self.from_disk = from_disk
+            write_json(self.folder / "recipe.json", asked | {"from_disk": from_disk})
         self._begin_log("started", asked)
 
     def resume(self, recipe: Recipe, source: str) -> None:
@@ -87,7 +90,7 @@ class Run:
             return
         with writing(self.output):
             self._take_lock()
-            for left in [*self.folder.glob("*.new"), *self.folder.glob("export")]:
+            for left in [p for name in ("*.new", "export", "shard") for p in self.folder.glob(name)]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             log = self.folder / "log.jsonl"
             if log.is_file() and not log.read_bytes().endswith(b"\n"):  # killed in the middle of a line
@@ -103,6 +106,7 @@ class Run:
     def _check_same(self, asked: dict[str, Any]) -> None:
         assert self.output is not None
         kept = read_recipe(self.output)
+        self.from_disk = kept["from_disk"]
         for name in ("command", "source", "versions"):
             if kept[name] != asked[name]:
                 raise LosaError(
@@ -172,9 +176,9 @@ class Run:
         """Forget what only resuming needs: a finished run."""
         if not self.writes:
             return
-        teachers = [path.stem for path in self.folder.glob("teacher-*.safetensors")]
-        for name in (*STATES, *teachers):
-            self.path(name).unlink(missing_ok=True)
+        for name in (*STATES, "teacher-*", "dense-*", "masks-*"):
+            for path in self.folder.glob(f"{name}.safetensors"):
+                path.unlink(missing_ok=True)
 
     @property
     def claimed(self) -> list[str]:
@@ -272,7 +276,8 @@ def read_recipe(output: Path) -> dict[str, Any]:
         kept = json.loads(path.read_text())
         if kept["format"] != FORMAT:
             raise LosaError(f"{path} is of format {kept['format']}, this losa reads {FORMAT}: start a new run")
-        return {name: kept[name] for name in ("command", "source", "recipe", "versions")}
+        names = ("command", "source", "recipe", "versions")
+        return {"from_disk": kept.get("from_disk", False)} | {name: kept[name] for name in names}
     except (ValueError, KeyError, TypeError):
         raise LosaError(f"{path} is damaged: start a new run in another folder, or with --overwrite") from None
 

@@ -43,6 +43,7 @@ class ALPS(Pruner):
     unit = "matrix"
     needs_inputs = True
     changes_weights = True
+    copies = ((10.75, 2.5),)
 
     def __post_init__(self) -> None:
         for option in ("damp", "rho", "tolerance"):

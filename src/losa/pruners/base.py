@@ -59,7 +59,8 @@ class Pruner(ABC):
     """Weight + statistic + amount -> weight and mask. Subclasses are dataclasses whose fields are their options.
 
     amount is a share of the weights, or N:M kept. Of a share, `unit` is where `masks.count_pruned` weights are pruned, exactly: "row", "matrix", or "N columns" (all rows of N
-    adjacent columns; the last such block may be narrower).
+    adjacent columns; the last such block may be narrower). `copies`: how many fp32 tensors of the weight's size, and
+    how many [in, in], `prune` has at its peak beside its arguments; or at each of several moments, the largest counting.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Pruner(ABC):
     needs_inputs: bool
     needs_gradients: bool = False
     changes_weights: bool
+    copies: ClassVar[tuple[tuple[float, float], ...]]
 
     def statistic(self, in_features: int, device: torch.device | str) -> Statistic | None:
         """An empty statistic for a linear of so many inputs; None if the pruner needs none."""
@@ -99,6 +101,7 @@ class StructuredPruner(ABC):
     needs_inputs: bool = True
     needs_gradients: bool = False
     compensates: bool = False
+    copies: ClassVar[tuple[tuple[float, float], ...]] = ((1.0, 0.0),)
 
     @abstractmethod
     def statistic(self, in_features: int, device: torch.device | str) -> Statistic | None:

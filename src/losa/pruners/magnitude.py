@@ -18,6 +18,7 @@ class Magnitude(Pruner):
     name = "magnitude"
     needs_inputs = False
     changes_weights = False
+    copies = ((3.25, 0.0),)
 
     def __post_init__(self) -> None:
         if self.unit not in ("matrix", "row"):

@@ -38,6 +38,7 @@ class PrunerZero(Pruner):
     needs_inputs = False
     needs_gradients = True
     changes_weights = False
+    copies = ((3.0, 0.0),)
 
     def gradient_statistic(self, shape: tuple[int, ...], device: torch.device | str) -> SquaredGradients:
         return SquaredGradients(shape, device)

@@ -31,6 +31,7 @@ class Wanda(Pruner):
     unit = "row"
     needs_inputs = True
     changes_weights = False
+    copies = ((1.5, 0.0),)
 
     def statistic(self, in_features: int, device: torch.device | str) -> SquaredInputs:
         return SquaredInputs(in_features, device)
@@ -40,5 +41,5 @@ class Wanda(Pruner):
     ) -> tuple[Tensor, Tensor]:
         seen = SquaredInputs.require(statistic, weight.shape[1])
         norm = (seen.total / seen.sequences).sqrt().to(weight)
-        mask = masks.choose(weight.abs() * norm, within, amount, "row")
+        mask = masks.choose(weight.abs().mul_(norm), within, amount, "row")
         return weight.masked_fill(~mask, 0), mask

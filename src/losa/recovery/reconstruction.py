@@ -47,7 +47,7 @@ def target_of(subject: Subject, recipe: Recipe, tokens: Tensor, device: torch.de
         return None
     model = subject.dense or subject.model
     blocks = find_blocks(model) if subject.dense else subject.blocks
-    return Target(Stream(model, blocks, tokens, device, sequences(recipe)), blocks)
+    return Target(Stream(model, blocks, tokens, device, sequences(recipe), subject.spill), blocks)
 
 
 def reconstruct(block: Block, stream: Stream, target: Target, recipe: Recipe, step: int, run: "Run") -> None:
@@ -65,7 +65,7 @@ def reconstruct(block: Block, stream: Stream, target: Target, recipe: Recipe, st
     generator = torch.Generator().manual_seed(recipe.seed * 1000 + step)
     updates = recipe.reconstruct * len(batches)
     losses = []
-    with visiting(block.module, stream.device):
+    with visiting(block, stream.device):
         parameters = [linear.open().requires_grad_(True) for linear in block.masked.values()]
         # in relation to the weights' size, so that one rate suits linears and models of any scale
         peaks = [

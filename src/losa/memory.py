@@ -1,0 +1,251 @@
+"""What a run takes at its peak, what there is, and what therefore stays on disk: activations, or the model too.
+
+All in bytes. Mapped files do not count: the system takes their memory back when it needs it.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from losa import calibration, distributed, experts, masks, model, registry
+from losa.errors import LosaError
+from losa.model import Block
+from losa.recipe import Recipe, parse_size
+from losa.recovery import distillation, footprint
+from losa.recovery.low_rank import MaskedLowRank
+
+# Measured: Python with torch, transformers and datasets, and what glibc keeps of freed memory. Of a model that lives in
+# memory more, for blocks from disk are followed by `disk.trim`.
+PROCESS, KEPT = 400e6, 150e6
+WIKITEXT = 300_000  # tokens of evaluation text, where nobody knows yet
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run lives in its memory, and what it takes at its peak, by part; `memory` is the whole."""
+
+    from_disk: bool
+    spill: bool
+    parts: dict[str, float]
+
+    @property
+    def memory(self) -> float:
+        return (
+            PROCESS
+            + (0 if self.from_disk else KEPT)
+            + self.parts["model"]
+            + max(v for name, v in self.parts.items() if name != "model")
+        )
+
+    def __str__(self) -> str:
+        where = "on disk, block by block" if self.from_disk else "in memory"
+        return f"the model {where}, activations {'on disk' if self.spill else 'in memory'}"
+
+
+def choose(source: Any, recipe: Recipe, config: Any, saves: bool = True, from_disk: bool | None = None) -> Way:
+    """The first way that fits into `recipe.memory`, or into what is free; of the model in memory first, activations too.
+
+    saves: whether there is a folder for what does not fit. from_disk: what a run that is resumed has chosen. Raises
+    LosaError where `recipe.memory` is set and nothing fits, with what would.
+    """
+    whole = model.skeleton(config) if isinstance(source, str) else source
+    reason = reason_for_memory(source, recipe, config, saves)
+    found = [
+        way
+        for way in ways(whole, config, recipe)
+        if (saves or not way.spill)
+        and not (way.from_disk and reason)
+        and not (way.spill and reads_gradients(recipe))
+        and from_disk in (None, way.from_disk)
+    ]
+    limit = parse_size("memory", recipe.memory) if recipe.memory else None
+    for way in found:
+        room = limit
+        if room is None:
+            room = available(torch.device("cpu") if way.from_disk else model.choose_device(recipe.device))
+        if way.memory <= room:
+            return way
+    least = min(found, key=lambda way: way.memory)
+    if limit is None:
+        return least
+    what = "one block of the model and what pruning it takes" if least.from_disk else "the model and what the run takes"
+    note = f"; it has to be in memory, for {reason}" if reason else ""
+    raise LosaError(f"memory {recipe.memory} is too small for {what}: about {gigabytes(least.memory)} would do{note}")
+
+
+def reason_for_memory(source: Any, recipe: Recipe, config: Any, saves: bool) -> str:
+    """Why the model cannot stay on disk; empty if it can."""
+    recovery = registry.get("recovery", recipe.recovery)
+    gradients = reads_gradients(recipe)
+    reasons = {
+        "a loaded model is there already": not isinstance(source, str),
+        "there is no output folder to write to": not saves,
+        f"recovery {recipe.recovery!r} trains all of it (none does not)": recovery.trains,
+        "it is fine-tuned first (set finetune_first to 0)": recipe.finetune_first > 0,
+        "several processes share the work": distributed.launched() > 1,
+        "it continues prompts (leave them out)": bool(recipe.prompts and recipe.sample_tokens),
+        "there are several steps (set steps to 1)": recipe.steps > 1,
+        f"pruner {recipe.pruner!r} reads gradients of all of it": gradients,
+        "pattern structured changes its shape": recipe.structured,
+        "format packed is made of all of it (losa export packs a saved model)": recipe.format == "packed",
+        "its weights are stored in a form of their own": getattr(config, "quantization_config", None) is not None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def reads_gradients(recipe: Recipe) -> bool:
+    """Whether pruning does, which go through the model from its last block to its first."""
+    return recipe.prunes and bool(registry.get("pruner", recipe.pruner).needs_gradients)
+
+
+def ways(whole: Any, config: Any, recipe: Recipe) -> list[Way]:
+    """Every way there is, the one that keeps most in memory first, with what it takes at its peak, about: of one process."""
+    blocks = model.prunable(whole, recipe)
+    device = model.choose_device(recipe.device)
+    size, vocabulary = model.choose_dtype(recipe.dtype, device).itemsize, config.get_text_config().vocab_size
+    parameters = sum(p.numel() for p in whole.parameters())
+    in_block = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
+    largest = max(block.weights for block in blocks)
+    hidden, processes = whole.get_input_embeddings().embedding_dim, distributed.launched()
+
+    tokens = -(-recipe.calibration_samples // processes) * recipe.sequence_length if recipe.prunes else 0
+    sampled = min(recipe.error_tokens or tokens * processes, tokens * processes) * hidden
+    activations, pruning = _calibration(blocks, recipe, tokens, hidden, size, vocabulary) if tokens else (0.0, 0.0)
+    pruning = max(pruning, 16 * sampled)  # the error
+    read = (recipe.eval_tokens or WIKITEXT) if recipe.eval_data else 0
+    evaluating = min(calibration.BATCH_TOKENS, read) * vocabulary * (size + 8)
+
+    def in_memory(spill: bool) -> Way:
+        held = parameters * size + sum(block.weights for block in blocks) // 8
+        if recipe.shard == "blocks" and processes > 1:
+            # a slice of all, and two blocks whole; the model itself is on the CPU
+            held = held // processes + 2 * max(in_block) * size + (held if device.type == "cpu" else 0)
+        if recipe.needs_dense_copy or recipe.teacher_model:
+            held += parameters * size
+        kept = (0 if spill else activations) + sampled * size * len(blocks)
+        pairs, training = _recovery(whole, recipe, blocks, hidden, size, vocabulary)
+        parts = {"model": held + pairs, "calibration": kept + pruning, "evaluation": evaluating, "recovery": training}
+        return Way(False, spill, parts)
+
+    def on_disk(spill: bool) -> Way:
+        first = parameters - sum(in_block)
+        head = whole.get_output_embeddings().weight
+        if not recipe.eval_data and head is not whole.get_input_embeddings().weight:
+            first -= head.numel()  # it is never used
+        watched = read + 2 * min(recipe.eval_step_tokens, read)
+        kept = 0 if spill else activations + watched * hidden * size
+        block = max(in_block) * size + largest // 8
+        parts = {"model": kept, "calibration": block + pruning, "ends": first * size + evaluating}
+        return Way(True, spill, parts)
+
+    return [in_memory(False), in_memory(True), on_disk(False), on_disk(True)]
+
+
+def _calibration(
+    blocks: list[Block], recipe: Recipe, tokens: int, hidden: int, size: int, vocabulary: int
+) -> tuple[float, float]:
+    """The hidden states of `tokens` in front of a block, and what pruning one takes beside them."""
+    pruner = recipe.build("pruner")
+    linears = [linear for block in blocks for linear in block.linears.values()]
+    sets = len(blocks).bit_length() + 1 if pruner.needs_gradients else 2 if recipe.reconstruct else 1
+    batch = min(tokens, max(1, calibration.BATCH_TOKENS // recipe.sequence_length) * recipe.sequence_length)
+    forward = batch * 4 * max(linear.out_features for linear in linears) * size
+    pruning = max(scratch(pruner, linear.out_features, linear.in_features) for linear in linears)
+    pruning = max(pruning, forward) + max(_statistics(block, pruner) for block in blocks)
+    if pruner.needs_gradients:
+        pruning += recipe.sequence_length * vocabulary * (size + 8)
+    if recipe.reconstruct:  # one block's values, gradients, moments and activations
+        pruning += 16 * max(block.weights for block in blocks) * (1 - recipe.sparsity_at(1)) + 4 * forward
+    return sets * tokens * hidden * size, pruning
+
+
+def trained(recipe: Recipe, linears: dict[str, Any]) -> int:
+    """The most values that are trained at a time, of the `linears` that are."""
+    shapes = [(linear.out_features, linear.in_features) for linear in linears.values()]
+    recoveries = [registry.get("recovery", recipe.recovery), *([MaskedLowRank] if recipe.finetune_first else [])]
+    most: int = max(sum(recovery.parameters(shape, recipe) for shape in shapes) for recovery in recoveries)
+    return most
+
+
+def _recovery(
+    whole: Any, recipe: Recipe, blocks: list[Block], hidden: int, size: int, vocabulary: int
+) -> tuple[float, float]:
+    """What it keeps all the time, and what it takes while it trains."""
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    wanted = model.targeted(list(linears), recipe) if recipe.trains else set()
+    if not wanted:
+        return 0, 0
+    values = trained(recipe, {name: linears[name] for name in wanted})
+    pairs = 4 * values if registry.get("recovery", recipe.recovery).ranks else 0
+    seen = [
+        sum((x.in_features + 2 * x.out_features) * experts.share_of_tokens(whole, n) for n, x in block.linears.items())
+        for block in blocks
+    ]
+    rows = footprint.rows_at_once(recipe) * recipe.train_length
+    training = footprint.estimate(recipe, values, seen, hidden, size) - pairs + rows * vocabulary * (size + 8)
+    if recipe.distill:
+        live = recipe.teacher == "live"  # which is one more model, and its logarithms in fp32
+        chunk = min(rows * vocabulary, distillation.CHUNK)
+        training += rows * vocabulary * (2 * size + 4 * live - 8) + 16 * chunk
+    return pairs, training
+
+
+def scratch(pruner: Any, rows: int, columns: int) -> float:
+    """What pruning a linear takes beside its weight: that weight merged, its mask, what `prune` makes, a selection."""
+    made: float = max(weights * rows * columns + squares * columns**2 for weights, squares in pruner.copies)
+    return 4 * (1.25 * rows * columns + made) + 28.0 * min(masks.CHUNK, rows * columns)
+
+
+def _statistics(block: Block, pruner: Any) -> int:
+    """The pruner's statistics of a block, one for each width of input at least."""
+    total = 0
+    for linear in block.linears.values():
+        with torch.device("meta"):
+            if pruner.needs_gradients:
+                statistic = pruner.gradient_statistic(linear.weight.shape, "meta")
+            else:
+                statistic = pruner.statistic(linear.in_features, "meta")
+        if statistic is not None:
+            total += sum(tensor.numel() * tensor.itemsize for tensor in statistic.tensors().values())
+    return total
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2g} GB" if count < 9.95e9 else f"{count / 1e9:.0f} GB"
+
+
+def available(device: torch.device) -> float:
+    """What is free there: of the machine, and of what this process may take."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    room = [_machine()]
+    for limit, used in CGROUPS:
+        if limit.is_file() and (said := limit.read_text().strip()).isdigit():
+            room.append(int(said) - int(used.read_text()))
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft != resource.RLIM_INFINITY:
+        room.append(float(soft))
+    return min(room)
+
+
+CGROUPS = [  # of version 2 and 1, as they look from inside a container
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+]
+
+
+def _machine() -> float:
+    """Memory that is free or can be had at once; all there is where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

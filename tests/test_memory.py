@@ -1,0 +1,110 @@
+"""What is foretold of memory, and which way of keeping a model and its activations follows from it."""
+
+import copy
+import itertools
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import changed
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from losa import masks, memory, model, registry
+from losa.adapters import MaskedLinear
+from losa.errors import LosaError
+from losa.inspection import plan
+from losa.memory import Way
+from losa.pruning import prune_linear
+from losa.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+def peak(work: Callable[[], Any], trace: Path) -> float:
+    """The most that torch and numpy allocate at a time."""
+    tracemalloc.start()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    _, of_numpy = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    profiler.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    events.sort(key=lambda event: float(event["ts"]))
+    return float(max(itertools.accumulate(event["args"]["Bytes"] for event in events)) + of_numpy)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1500, 500), (500, 1500)])
+@pytest.mark.parametrize("name", registry.PRUNERS)
+def test_what_a_pruner_takes_is_what_it_says(
+    name: str, rows: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a matrix that is much larger than a selection's part of it."""
+    monkeypatch.setattr(masks, "CHUNK", 5000)
+    pruner = registry.get("pruner", name)()
+    torch.manual_seed(0)
+    linear = MaskedLinear(nn.Linear(columns, rows, bias=False), 0, 1.0)
+    if pruner.needs_gradients:
+        statistic = pruner.gradient_statistic((rows, columns), "cpu")
+        statistic.update(torch.randn(rows, columns), 1)
+    elif statistic := pruner.statistic(columns, "cpu"):
+        statistic.update(torch.randn(2 * columns, columns), 1)
+    for one in (copy.deepcopy(linear), linear):  # the first time, imports take memory too
+        took = peak(lambda one=one: prune_linear(name, one, pruner, 0.5, statistic, CPU), tmp_path / "trace.json")
+    assert 0.85 < memory.scratch(pruner, rows, columns) / took < 1.15
+
+
+def test_the_first_way_that_fits_is_taken(llama: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More in memory before less; what the recipe or the caller rules out is skipped."""
+    config = model.load_config(str(llama))
+    parts = {"model": 0.0}
+    found = [Way(False, False, parts | {"x": 4e9}), Way(False, True, parts | {"x": 3e9})]
+    found += [Way(True, False, parts | {"x": 2e9}), Way(True, True, parts | {"x": 1e9})]
+    monkeypatch.setattr(memory, "ways", lambda *_: found)
+    one_shot = changed(small, steps=1, recovery="none")
+
+    def choose(text: str, recipe: Recipe = one_shot, **more: Any) -> Way:
+        return memory.choose(str(llama), changed(recipe, memory=text), config, **more)
+
+    assert [choose(text) for text in ("5GB", "4GB", "2.5 GB", "1.4GB")] == found
+    assert choose("4GB", small) == found[1] and choose("5GB", from_disk=True) == found[2]
+    with pytest.raises(LosaError, match=r"memory 3GB is too small for the model .* about 3\.5 GB would do; .* 'losa'"):
+        choose("3GB", small)
+    with pytest.raises(LosaError, match=r"about 1\.4 GB would do$"):
+        choose("1GB")
+    with pytest.raises(
+        LosaError, match=r"about 4\.5 GB would do; it has to be in memory, for there is no output folder"
+    ):
+        choose("1GB", saves=False)
+    for free, way in ((9e9, 0), (3.9e9, 1), (1.5e9, 3), (1e6, 3)):
+        monkeypatch.setattr(memory, "available", lambda _, free=free: free)
+        assert choose("") == found[way]
+
+
+def test_available_is_the_least_of_what_machine_group_and_process_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    monkeypatch.setattr(memory, "CGROUPS", [(tmp_path / "max", tmp_path / "current")])
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    machine = memory.available(CPU)
+    assert machine > 1e8
+    (tmp_path / "current").write_text("3000000\n")
+    (tmp_path / "max").write_text("max\n")
+    assert memory.available(CPU) == pytest.approx(machine, rel=0.5)
+    (tmp_path / "max").write_text("50000000\n")
+    assert memory.available(CPU) == 47e6
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
+    assert memory.available(CPU) == 1000
+
+
+def test_the_plan_says_the_way(llama: Path, small: Recipe) -> None:
+    one_shot = changed(small, steps=1, recovery="none")
+    roomy = plan(str(llama), one_shot)
+    assert not roomy["model_on_disk"] and roomy["memory"] > max(roomy["memory_parts"].values())
+    assert "recovery" in roomy["memory_parts"]
