@@ -1,5 +1,6 @@
 """The page about a run: true, whole, safe, and drawn in a real browser; also of a run that has not finished."""
 
+import html
 import json
 import shutil
 from collections.abc import Iterator
@@ -129,6 +130,24 @@ def test_nothing_is_measured_on_the_way_if_not_asked(llama: Path, small: Recipe,
     assert "What the models write" not in page and "perplexity went from" in page
     losa.compress(str(llama), changed(small, eval_data=""), tmp_path / "blind")
     assert "perplexity was not measured" in render([story.read(tmp_path / "blind")])
+
+
+def test_runs_are_compared(run: Path, other: Path, tmp_path: Path) -> None:
+    page = render([story.read(run), story.read(other)])
+    ends = {s.name: s.measurements["sparse"]["perplexity"] for s in (story.read(run), story.read(other))}
+    best = min(ends, key=lambda name: ends[name])
+    assert html.escape(f"{best} ends lowest: perplexity {ends[best]:.2f}") in page
+    differing = page.partition("What differs")[2].partition("All settings")[0]
+    assert "<td>allocator</td><td>rmi</td><td>owl</td>" in differing and "<td>seed</td>" not in differing
+    drawn = figures(page)
+    assert [trace["name"] for trace in drawn["errors"]["data"]] == ["first", html.escape(other.name)]
+    copy = shutil.copytree(run, tmp_path / "copy")
+    made = json.loads((copy / "losa.json").read_text())
+    made["measurements"]["dense"]["perplexity"] += 1
+    (copy / "losa.json").write_text(json.dumps(made))
+    assert "do not compare" in render([story.read(run), story.read(copy)])
+    same = render([story.read(run), story.read(shutil.copytree(run, tmp_path / "second" / "first"))])
+    assert str(run) in same and str(tmp_path / "second" / "first") in same  # told apart by their places
 
 
 def test_phases_say_where_the_time_went(run: Path) -> None:

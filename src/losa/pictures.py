@@ -307,7 +307,8 @@ def memory(stories: list[Story]) -> Picture | None:
             if not any(peaks.values()):
                 continue
             look = _look(number, stories) if len(stories) > 1 else {"color": 0 if kind == "memory" else 1}
-            named = f"{story.name}, {what}" if len(stories) > 1 else what
+            devices = any(phase.get("device_memory") for phase in story.phases)
+            named = what if len(stories) == 1 else f"{story.name}, {what}" if devices else story.name
             figure.add_trace(
                 go.Bar(
                     y=[PHASES.get(name, name) for name in order],

@@ -61,8 +61,8 @@ def render(stories: list[Story]) -> str:
         losa=__version__,
         made=time.strftime("%-d %B %Y, %H:%M"),
         title=_title(one) if one else f"{len(stories)} runs compared",
-        headline=_headline(one) if one else ", ".join(f"{s.name}: {_method(s)}" for s in stories),
-        explained=_explained(one) if one else [],
+        headline=_headline(one) if one else _comparison(stories),
+        explained=_explained(one) if one else [f"{s.name}: {_method(s)}." for s in stories],
         states=[state for s in stories if (state := _state(s, len(stories) > 1))],
         tiles=_tiles(one) if one else [],
         verdict=_verdict(stories),
@@ -138,6 +138,17 @@ def _headline(s: Story) -> str:
     grown = sparse["perplexity"] / first["perplexity"] - 1
     change = f"{abs(grown):.1%} {'higher' if grown > 0 else 'lower'}"
     return f"{gone}; perplexity went from {number(first['perplexity'])} to {number(sparse['perplexity'])}, {change}."
+
+
+def _comparison(stories: list[Story]) -> str:
+    """Which run ends best, if they can be told by the same measure."""
+    ends = [s.measurements.get("sparse", {}) for s in stories]
+    if not all(end.get("perplexity") for end in ends):
+        return "Not all of them have a perplexity at their end."
+    if len({(s.first["perplexity"], s.recipe["eval_data"]) for s in stories}) > 1:
+        return "They were measured from different models or on different texts: their perplexities do not compare."
+    low, best = min((end["perplexity"], s.name) for end, s in zip(ends, stories, strict=True))
+    return f"{best} ends lowest: perplexity {number(low)}, where it began at {number(stories[0].first['perplexity'])}."
 
 
 def _explained(s: Story) -> list[str]:
@@ -244,8 +255,8 @@ def _footnotes(stories: list[Story]) -> list[str]:
     for s in stories:
         sparse = s.measurements.get("sparse", {})
         if "dense" in s.measurements and sparse and sparse.get("size") == s.measurements["dense"].get("size"):
-            notes.append("Zeros are stored like other weights here, so that size and speed are the dense model's.")
-            break
+            who = f"{s.name}: zeros" if len(stories) > 1 else "Zeros"
+            notes.append(f"{who} are stored like other weights, so that size and speed are the dense model's.")
     return notes
 
 
