@@ -18,6 +18,7 @@ from losa.adapters import MaskedLinear
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.inspection import inspect, plan
+from losa.progress import Progress
 from losa.pruners.base import Pruner
 from losa.pruners.magnitude import Magnitude
 from losa.pruners.sparsegpt import SparseGPT
@@ -162,22 +163,20 @@ def shut(whole: Any, expert: int) -> Any:
     return whole
 
 
-class Said:
+class Said(Progress):
     def __init__(self) -> None:
+        super().__init__(quiet=True)
         self.lines: list[str] = []
 
     def say(self, line: str) -> None:
         self.lines.append(line)
-
-    def track(self, items: Any, _what: str, _done: int = 0) -> Any:
-        return iter(items)
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "pruner-zero"])
 def test_an_expert_that_no_token_reaches_is_said_and_goes_by_its_weights(
     pruner: str, small: Recipe, adapted: dict[str, bool]
 ) -> None:
-    said: Any = Said()
+    said = Said()
     before = tiny("mixtral").model.layers[1].mlp.experts
     recipe = changed(small, steps=1, allocator="uniform", pruner=pruner)
     result = losa.compress(shut(tiny("mixtral"), 1), recipe, tokenizer=tokenizer(), progress=said)
