@@ -12,7 +12,7 @@ from conftest import GATED, MODELS, changed, files, killed_after, tiny, tokenize
 from torch import Tensor, nn
 
 import losa
-from losa import inputs, inspection, model
+from losa import inputs, inspection, memory, model
 from losa.adapters import MaskedLinear
 from losa.errors import LosaError
 from losa.recipe import Recipe
@@ -173,5 +173,6 @@ def test_what_is_foretold_follows_the_settings(monkeypatch: pytest.MonkeyPatch) 
     base = parts[0]["model"] - 4 * pairs
     block = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
     monkeypatch.setattr(model, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(memory, "available", lambda _: 80e9)
     sharded = seven_billion(monkeypatch, 4, shard="blocks")["memory_parts"]["model"]
     assert sharded == base // 4 + 2 * block + 4 * pairs
