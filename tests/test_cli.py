@@ -222,7 +222,7 @@ def start_and_wait(arguments: list[object], log: Path, event: str) -> "subproces
 
 
 def test_kill_9_then_resume_gives_the_same_bytes(llama: Path, tmp_path: Path, settings: Settings) -> None:
-    longer = settings | {"train_samples": 300, "checkpoint_minutes": 0.001}
+    longer = settings | {"train_samples": 120, "checkpoint_minutes": 0.001}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     worker = process("compress", llama, "--output", whole, *flags(longer), "--quiet")
     _, err = worker.communicate(timeout=120)

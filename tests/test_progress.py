@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from test_cli import flags
 
 import losa
 from losa import progress
-from losa.progress import Progress
+from losa.progress import Progress, heeding_interrupts
 from losa.units import duration, number, size
 
 Settings = dict[str, Any]
@@ -62,8 +63,8 @@ def test_evaluating_and_inspecting_show_where_they_are(llama: Path, settings: Se
     assert re.search(r"perplexity .* batch \d+/5", shown) and "perplexity" in out
     shown, _ = on_a_terminal("inspect", llama)
     assert re.search(r"reading .* block \d/3", shown)
-    for command in (["evaluate", llama, "--data", settings["eval_data"], "--tokens", 2000], ["inspect", llama]):
-        assert on_a_terminal(*command, "--quiet")[0] == on_a_terminal(*command, "--json")[0] == ""
+    assert on_a_terminal("evaluate", llama, "--data", settings["eval_data"], "--tokens", 2000, "--quiet")[0] == ""
+    assert on_a_terminal("inspect", llama, "--json")[0] == ""
 
 
 def test_without_a_terminal_what_takes_long_says_so(
@@ -121,3 +122,20 @@ def test_numbers_for_people() -> None:
         "1.5e+03 GB",
     ]
     assert [number(v) for v in (None, 10.012, 9999.4, 123456.0)] == ["-", "10.01", "9999.40", "1.23e+05"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_still_ends_the_work() -> None:
+    """An exception in a destructor is only printed; what is being gone through then ends at its next item."""
+    gone_through = []
+
+    class Interrupted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), heeding_interrupts():
+        for item in Progress(quiet=True).track([0, 1, 2], "work"):
+            gone_through.append(item)
+            Interrupted()
+    assert gone_through == [0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

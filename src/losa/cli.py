@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from losa import distributed, recipe, registry, repair_recipe
 from losa.errors import LosaError
+from losa.progress import heeding_interrupts
 from losa.units import duration, number, size
 
 
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise registry.unknown("argument", unknown[0].partition("=")[0], flags)
         if distributed.launched() > 1 and args.command not in (_compress, _recover):
             raise LosaError(f"{args.parser.prog} runs in one process: torchrun is for losa compress and losa recover")
-        summary = args.command(args)
+        with heeding_interrupts():
+            summary = args.command(args)
         if args.json:
             print(json.dumps(summary))
         return 0

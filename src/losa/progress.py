@@ -1,6 +1,8 @@
 """What a person sees while it works: bars with the time left on a terminal, plain lines elsewhere, or nothing."""
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,29 @@ from losa.units import duration
 
 T = TypeVar("T")
 PLAIN_SECONDS = 60.0  # without a terminal, what takes long says how far it is this often
+
+_interrupted = False  # Ctrl-C was pressed while `heeding_interrupts`
+
+
+@contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """Within it, Ctrl-C ends what `track` goes through also where Python only prints it (in destructors, in callbacks)."""
+    global _interrupted
+    _interrupted = False
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        global _interrupted
+        _interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Progress:
@@ -51,6 +76,8 @@ class Progress:
         with self._shown(what, total, done, unit) as advance:
             for count, item in enumerate(items, done + 1):
                 yield item
+                if _interrupted:
+                    raise KeyboardInterrupt
                 advance()
                 now = time.monotonic()
                 if not self.quiet and self._screen is None and now - said >= PLAIN_SECONDS and count < total:
