@@ -1,11 +1,11 @@
 """Debian's chromium without a screen, spoken to over a pipe in its own protocol (CDP): what a page shows and says."""
 
 import base64
-import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +27,16 @@ FLAGS = [
 ]
 
 
+# The protocol is on 3 and 4, whatever was there.
+PIPES = """
+import fcntl, os, sys
+kept = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for place, end in zip((3, 4), kept):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
 def where() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -34,7 +44,7 @@ def where() -> str | None:
 class Browser:
     """One page of a browser. `said` has the console's messages of every level, and exceptions; `asked` the addresses loaded."""
 
-    def __init__(self, seconds: float = 120) -> None:
+    def __init__(self, seconds: float = 900) -> None:
         self.seconds = seconds
         self.said: list[str] = []
         self.asked: list[str] = []
@@ -45,20 +55,15 @@ class Browser:
         reads, self._to = os.pipe()
         self._from, writes = os.pipe()
 
-        def pipes() -> None:  # the protocol is on 3 and 4, whatever is there
-            kept = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (reads, writes)]
-            for place, end in zip((3, 4), kept, strict=True):
-                os.dup2(end, place)
-
         program = where()
         assert program is not None
+        starter = [sys.executable, "-S", "-c", PIPES, str(reads), str(writes)]
         self._process = subprocess.Popen(
-            [program, *FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"],
+            [*starter, program, *FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=pipes,
-            close_fds=False,
+            pass_fds=(reads, writes),
         )
         os.close(reads)
         os.close(writes)

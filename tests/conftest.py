@@ -1,6 +1,7 @@
 """Tiny random models with the demo's tokenizer, and a little text, in folders as a user has them."""
 
 import json
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -12,14 +13,33 @@ from typing import Any
 # Before torch: on tiny models threads only wait for each other. Subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
+import numpy
 import pytest
 import torch
 import transformers
 
+from losa import progress
 from losa.recipe import Recipe
 from losa.run import Run
 
 FUZZ = int(os.environ.get("LOSA_FUZZ", "1"))  # so many times the tampering that CI does: docs/format.md has the command
+LONG = 1800  # seconds until what hangs is an error; nothing is meant to take so long, however busy the machine
+
+# Nothing fails for being slow, and the same examples are tried every time, but where more are asked for.
+hypothesis.settings.register_profile(
+    "losa", deadline=None, derandomize=FUZZ == 1, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("losa")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws without a seed does not depend on the tests before it."""
+    torch.manual_seed(0)
+    random.seed(0)
+    numpy.random.seed(0)
+
 
 WIDTHS = dict(
     vocab_size=2048,
@@ -87,6 +107,12 @@ def save_tiny(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.floa
     tiny(kind).to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal, what takes long says how far it is; no test depends on how long one takes."""
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", math.inf)
 
 
 @pytest.fixture(autouse=True)

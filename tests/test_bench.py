@@ -1,6 +1,7 @@
 """losa bench kernel: what it says, and that it times nothing that is wrong."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,25 @@ def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_chosen", {})
 
 
+class Clock:
+    """Every call takes a millisecond; those at the places in `slow` (counted from 0) a second."""
+
+    def __init__(self, slow: Any = ()) -> None:
+        self.now, self.looks, self.slow = 0.0, 0, slow
+
+    def perf_counter(self) -> float:
+        call, after = divmod(self.looks, 2)
+        self.looks += 1
+        self.now += after * (1.0 if call in self.slow else 0.001)
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no figure depends on what else the machine does."""
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=Clock().perf_counter))
+
+
 @pytest.mark.parametrize("values", ["bfloat16", "float16", "float32", "int8"])
 @pytest.mark.parametrize("activations", ["bfloat16", "float32"])
 def test_says_what_was_timed(values: str, activations: str) -> None:
@@ -31,9 +51,31 @@ def test_says_what_was_timed(values: str, activations: str) -> None:
     assert found["matrices"]["losa"] * 48 * 200 * (0.3 * size + 1 / 8) > 3.5 * 2**14
     for key in ("torch_bf16", "torch_fp32", "best_dense"):
         low, high = found[f"speedup_over_{key}_quartiles"]
-        assert 0 < low <= found[f"speedup_over_{key}"] <= high
-    assert found["share_of_read_bandwidth"] > 0
+        assert low == found[f"speedup_over_{key}"] == high == 1
+    assert set(found["ms"].values()) == {1.0} and found["share_of_read_bandwidth"] >= 1
     assert found["best_dense"] in found["ms"] and set(found["ms"]) == set(found["gb_per_s"])
+
+
+@pytest.mark.parametrize("rounds", [2, 3, 11])
+def test_a_slow_opponent_sits_most_rounds_out(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But has two of them at least: one figure has no quartiles."""
+    calls = len(bench.kernel("48x200", 0.7, rounds=2)["ms"])
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=Clock({1}).perf_counter))  # torch_bf16's first
+    found = bench.kernel("48x200", 0.7, rounds=rounds)
+    assert found["ms"]["torch_bf16"] == 1.0 and len(found["ms"]) == calls
+    assert found["speedup_over_torch_bf16_quartiles"] == [1, 1]
+    clock = Clock({1})
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    times = bench._times({who: bench.Opponent([lambda: None], 8) for who in ("quick", "slow")}, rounds)
+    assert (
+        all(times["quick"])
+        and [bool(ms) for ms in times["slow"]]
+        == {
+            2: [True, True],
+            3: [True, False, True],
+            11: [True, *[False] * 7, True, False, True],
+        }[rounds]
+    )
 
 
 @pytest.mark.parametrize("rows", [2, cpu.ROWS + 1])

@@ -2,16 +2,15 @@
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import LONG
 
 from losa.cli import main
 
@@ -30,9 +29,27 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return err
 
 
-def process(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "losa", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def process(*arguments: object, program: Sequence[str] = ("-m", "losa")) -> "subprocess.Popen[str]":
+    command = [sys.executable, *program, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def at_update(number: int, then: str) -> tuple[str, str]:
+    """losa as a program that sends itself a signal when so many updates are done, however fast it is."""
+    code = f"""
+import os, signal, sys
+from losa import cli, run
+log, updates = run.Run.log, 0
+def logging(self, event, **fields):
+    global updates
+    log(self, event, **fields)
+    updates += event == "update"
+    if event == "update" and updates == {number}:
+        os.kill(os.getpid(), signal.{then})
+run.Run.log = logging
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    return "-c", code
 
 
 def test_compress_evaluate_inspect(
@@ -187,14 +204,16 @@ def test_an_output_that_cannot_be_written(llama: Path, settings: Settings, capsy
 
 def test_a_full_disk_ends_in_one_line_and_no_half_result(llama: Path, tmp_path: Path, settings: Settings) -> None:
     """No file may grow beyond 40 kB: writing fails as it does on a full disk."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
+    code = """
+import resource, signal, sys
+from losa import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+sys.exit(cli.main(sys.argv[1:]))
+"""
     out = tmp_path / "out"
-    worker = process("compress", llama, "--output", out, *flags(settings), "--quiet", preexec_fn=limit)
-    _, err = worker.communicate(timeout=120)
+    worker = process("compress", llama, "--output", out, *flags(settings), "--quiet", program=("-c", code))
+    _, err = worker.communicate(timeout=LONG)
     assert worker.returncode == 2, err
     assert err.count("\n") == 1 and "cannot be written" in err
     assert not (out / "losa.json").exists() and not (out / "config.json").exists()
@@ -211,44 +230,35 @@ def test_resume_refuses_other_settings(
     assert main([*map(str, start), "--resume"]) == 0
 
 
-def start_and_wait(arguments: list[object], log: Path, event: str) -> "subprocess.Popen[str]":
-    worker = process(*arguments)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and worker.poll() is None:
-        if log.exists() and f'"event": "{event}"' in log.read_text():
-            return worker
-        time.sleep(0.01)
-    pytest.fail(f"no {event}: {worker.communicate()}")
-
-
 def test_kill_9_then_resume_gives_the_same_bytes(llama: Path, tmp_path: Path, settings: Settings) -> None:
-    longer = settings | {"train_samples": 120, "checkpoint_minutes": 0.001}
+    longer = settings | {"train_samples": 40, "checkpoint_minutes": 0.0}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     worker = process("compress", llama, "--output", whole, *flags(longer), "--quiet")
-    _, err = worker.communicate(timeout=120)
+    _, err = worker.communicate(timeout=LONG)
     assert worker.returncode == 0, err
     begin = ["compress", llama, "--output", killed, *flags(longer), "--quiet"]
-    worker = start_and_wait(begin, killed / "run" / "log.jsonl", "update")
-    worker.send_signal(signal.SIGSTOP)  # it keeps its lock, and does not finish meanwhile
+    worker = process(*begin, program=at_update(3, "SIGSTOP"))  # it keeps its lock
+    how = os.waitid(os.P_PID, worker.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert how is not None and how.si_code == os.CLD_STOPPED, worker.communicate()
     other = process(*begin, "--resume")
-    _, err = other.communicate(timeout=120)
+    _, err = other.communicate(timeout=LONG)
     assert other.returncode == 2 and "in use by another losa" in err
     worker.kill()
     worker.communicate()
-    assert not (killed / "losa.json").exists()
+    assert not (killed / "losa.json").exists() and (killed / "run" / "recovery.safetensors").is_file()
     worker = process("compress", llama, "--output", killed, "--resume", "--quiet")
-    _, err = worker.communicate(timeout=120)
+    _, err = worker.communicate(timeout=LONG)
     assert worker.returncode == 0, err
     for name in ("model.safetensors", "masks.safetensors", "config.json", "losa.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_ctrl_c_says_how_to_go_on(llama: Path, tmp_path: Path, settings: Settings) -> None:
-    begin: list[object] = ["compress", llama, "--output", tmp_path / "out", *flags(settings | {"train_samples": 2000})]
-    worker = start_and_wait([*begin, "--calibration-samples=100"], tmp_path / "out" / "run" / "log.jsonl", "update")
-    os.kill(worker.pid, signal.SIGINT)
-    _, err = worker.communicate(timeout=60)
+    begin: list[object] = ["compress", llama, "--output", tmp_path / "out", *flags(settings)]
+    worker = process(*begin, program=at_update(2, "SIGINT"))
+    _, err = worker.communicate(timeout=LONG)
     assert worker.returncode == 130 and "--resume" in err and "Traceback" not in err
+    assert not (tmp_path / "out" / "losa.json").exists()
 
 
 def test_help_is_quick_and_complete() -> None:

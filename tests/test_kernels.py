@@ -113,9 +113,7 @@ def check(kernel: kernels.Kernel, packed: Packed, x: Tensor, bias: Tensor | None
     return got
 
 
-drawn = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
+drawn = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("values", DTYPES.values(), ids=DTYPES)

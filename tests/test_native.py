@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import LONG
 
 from losa.sparse import native
 
@@ -118,7 +119,7 @@ def test_several_processes_at_once(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    printed = {process.communicate(timeout=300)[0].strip() for process in started}
+    printed = {process.communicate(timeout=LONG)[0].strip() for process in started}
     assert [process.returncode for process in started] == [0, 0, 0]
     assert len(printed) == 1 and Path(printed.pop()).exists()
     assert sum("-shared" in line for line in log.read_text().splitlines()) == 1

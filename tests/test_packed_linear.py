@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, FUZZ, MODELS, save_tiny, tiny, tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -376,7 +376,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60 * FUZZ)
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore")
 def test_tampered_files_are_refused_or_whole(fuzzed: Path, data: st.DataObject) -> None:

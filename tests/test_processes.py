@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from conftest import files, save_tiny, two_steps
+from conftest import LONG, files, save_tiny, two_steps
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -30,7 +30,7 @@ def torchrun(*arguments: object, processes: int = 2) -> "subprocess.CompletedPro
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=LONG, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
 
 

@@ -20,11 +20,28 @@ from losa.units import duration, number, size
 Settings = dict[str, Any]
 
 
+EAGER = """
+import sys
+from losa import cli, progress
+made = progress._screen
+def screen():
+    found = made()
+    update = found.update
+    found.update = lambda *task, **fields: update(*task, **fields, refresh=True)
+    return found
+progress._screen = screen
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 def on_a_terminal(*command: object) -> tuple[str, str]:
-    """What a command of losa shows there on standard error, and says on standard output; it must end well."""
+    """What a command of losa shows there on standard error, and says on standard output; it must end well.
+
+    The screen is drawn at every change: ten times a second, as otherwise, may miss what does not take long.
+    """
     ours, theirs = pty.openpty()
     environment = os.environ | {"COLUMNS": "120", "TERM": "xterm"}
-    arguments = [sys.executable, "-m", "losa", *map(str, command)]
+    arguments = [sys.executable, "-c", EAGER, *map(str, command)]
     worker = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment)
     os.close(theirs)
     shown = b""

@@ -1,15 +1,16 @@
 """What work takes, and what is read along the way: seconds, memory, samples, places of a text."""
 
 import json
-import time
+import threading
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from conftest import changed, tiny, tokenizer
+from conftest import LONG, changed, tiny, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,17 +26,47 @@ from losa.usage import Usage
 
 
 def test_memory_is_what_was_held_inside() -> None:
+    """Whether that is the process's peak or not: it is still held at the last look."""
     with Usage() as nothing:
         pass
     with Usage() as held:
-        numpy.ones(40_000_000)  # 320 MB, for a moment: the process's peak
-    with Usage() as after:
-        kept = numpy.ones(5_000_000)  # 40 MB, below that peak: seen at a look
-        time.sleep(3 * usage.SAMPLED)
-    assert 300e6 < held.found["memory"] - nothing.found["memory"] < 340e6
-    assert 30e6 < after.found["memory"] - nothing.found["memory"] < 60e6 and len(kept)
-    assert 3 * usage.SAMPLED <= after.found["seconds"] < 5
-    assert nothing.found["seconds"] < 1
+        kept = numpy.ones(40_000_000)  # 320 MB
+    assert 250e6 < held.found["memory"] - nothing.found["memory"] < 400e6 and len(kept)
+
+
+def test_a_peak_is_the_works_or_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak, present = 100, 50
+    looked = threading.Event()
+
+    def look() -> int:
+        if present == 90:
+            looked.set()
+        return present
+
+    monkeypatch.setattr(usage, "_meters", lambda: {"memory": (lambda: peak, look)})
+    monkeypatch.setattr(usage, "SAMPLED", LONG)
+    with Usage() as nothing:
+        pass
+    with Usage() as kept:
+        present = 70
+    with Usage() as freed:
+        present = 60
+    with Usage() as more:
+        peak = 130
+    monkeypatch.setattr(usage, "SAMPLED", 0.001)
+    with Usage() as between:
+        present = 90
+        assert looked.wait(LONG)
+        present = 60
+    found = [used.found["memory"] for used in (nothing, kept, freed, more, between)]
+    assert found == [50, 70, 70, 130, 90]
+
+
+def test_seconds_are_those_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "time", SimpleNamespace(monotonic=iter([10.0, 12.3456]).__next__))
+    with Usage() as used:
+        pass
+    assert used.found["seconds"] == 2.346
 
 
 def test_the_machine_is_named() -> None:

@@ -25,7 +25,7 @@ from losa.sparse.packed import DTYPES, PAD, Packed, pack, unpack
 
 DRAWN = 8
 CACHES = 4  # times the last-level cache, so much of distinct matrices
-SLOW = 0.5  # seconds; what takes longer runs in every SPARE-th round only
+SLOW = 0.5  # seconds; what takes longer runs in every SPARE-th round and the last only
 SPARE = 8
 DENSE = ("avx512_bf16", "avx512", "avx2", "portable")  # dense bf16 products of the native library, the best first
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of y, relative in norm
@@ -219,13 +219,14 @@ def _reading(packs: list[Packed]) -> Opponent:
 
 
 def _times(opponents: dict[str, Opponent], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each in every round, 0 in those that a slow one sits out. The first round is thrown away."""
+    """Milliseconds of each in every round, 0 in those that a slow one sits out, which the first and the last are not. A round
+    before these is thrown away."""
     times: dict[str, list[float]] = {who: [] for who in opponents}
     slow: set[str] = set()
     order = list(opponents)
     for turn in range(-1, rounds):
         for who in order:
-            if who in slow and turn % SPARE:
+            if who in slow and turn % SPARE and turn < rounds - 1:
                 times[who].append(0.0)
                 continue
             calls = opponents[who].calls

@@ -39,12 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(summary))
         return 0
     except LosaError as error:
-        if distributed.first_to_say():
-            print(f"losa: {' '.join(str(error).split())}", file=sys.stderr)
+        distributed.say_end(" ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:
-        if distributed.first_to_say():
-            print("losa: interrupted; the same command with --resume goes on with a run", file=sys.stderr)
+        distributed.say_end("interrupted; the same command with --resume goes on with a run")
         return 130
     except BrokenPipeError:
         return 1

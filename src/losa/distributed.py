@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 
 # How long the others wait while rank 0 writes a large model. A process that dies is noticed at once: its connections close.
 TIMEOUT = timedelta(minutes=30)
+STORE = timedelta(seconds=25)  # torchrun kills what it ends after 30
 PIECE = 1 << 24  # numbers that are summed at once
 RESUME = "losa compress ... --resume goes on with the run, also with another number of processes"
 LOST = f"another process of the job has ended or does not answer: {RESUME}"
 _joined = False
+_saying = threading.Lock()
 
 
 def launched() -> int:
@@ -206,11 +209,18 @@ def _reachable(tensor: "Tensor") -> "Tensor":
 # ------------------------------------------------------------------------------------------------------- how a job ends
 
 
-def first_to_say() -> bool:
-    """Whether no other process of this job has said how it ends: of all that fail for one reason, one says it.
+def say_end(line: str) -> None:
+    """How the job ends, on standard error, if no other process of it has said so: of all that fail for one reason, one says it.
 
-    Asks torchrun's store, which outlives the processes; where there is none, everyone says it.
+    A thread that says it (`say_when_ended`) ends this process no sooner than another has finished its line.
     """
+    with _saying:
+        if _first_to_say():
+            print(f"losa: {line}", file=sys.stderr, flush=True)
+
+
+def _first_to_say() -> bool:
+    """Asks torchrun's store, which outlives the processes; where there is none, everyone says it."""
     if launched() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     import torch.distributed as dist
@@ -218,7 +228,7 @@ def first_to_say() -> bool:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store: Any = getattr(dist, "TCPStore")(  # noqa: B009  (mypy does not see it)
-            host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
+            host, port, is_master=False, timeout=STORE, wait_for_workers=False
         )
         return bool(store.add(f"losa/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
     except RuntimeError:
@@ -236,10 +246,7 @@ def say_when_ended() -> None:
     def watch() -> None:
         while os.read(read, 1) != bytes([signal.SIGTERM]):
             pass
-        if first_to_say():
-            os.write(
-                2, f"losa: torchrun ended this process, with the job or because another has ended: {RESUME}\n".encode()
-            )
+        say_end(f"torchrun ended this process, with the job or because another has ended: {RESUME}")
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -17,8 +17,8 @@ class Usage:
     """Measures what is done inside `with`: `found` then has seconds, memory and device_memory (bytes; None: not known).
 
     memory is what the process held resident, mapped files included; device_memory what torch had given out on the CUDA
-    device in use. Where the work sets the process's peak, that is exact; below it, it is the most that was seen at looks
-    SAMPLED apart. (Both peaks could be reset for every piece of work, but whoever measures the whole process would then
+    device in use. Where the work sets the process's peak, that is exact; below it, it is the most that was seen at the
+    beginning, at the end, and at looks about SAMPLED apart. (Both peaks could be reset for every piece of work, but whoever measures the whole process would then
     be told too little.)
     """
 
@@ -27,8 +27,9 @@ class Usage:
         self._meters = _meters()
         self._before = {name: peak() for name, (peak, _) in self._meters.items()}
         self._seen = dict.fromkeys(self._meters, 0)
+        self._look()
         self._done = threading.Event()
-        self._watch = threading.Thread(target=self._look, name="losa-usage", daemon=True)
+        self._watch = threading.Thread(target=self._watching, name="losa-usage", daemon=True)
         self._watch.start()
         self._began = time.monotonic()
         return self
@@ -37,17 +38,19 @@ class Usage:
         seconds = time.monotonic() - self._began
         self._done.set()
         self._watch.join()
+        self._look()  # on a busy machine the thread may have had no turn since long
         self.found = {"seconds": round(seconds, 3)}
         for name, (peak, _) in self._meters.items():
             after = peak()
             self.found[name] = after if after > self._before[name] else self._seen[name] or None
 
+    def _watching(self) -> None:
+        while not self._done.wait(SAMPLED):
+            self._look()
+
     def _look(self) -> None:
-        while True:
-            for name, (_, present) in self._meters.items():
-                self._seen[name] = max(self._seen[name], present())
-            if self._done.wait(SAMPLED):
-                return
+        for name, (_, present) in self._meters.items():
+            self._seen[name] = max(self._seen[name], present())
 
 
 Meter = Callable[[], int]
