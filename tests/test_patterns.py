@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import losa
 from losa import masks, patterns
+from losa.allocators.error import MeasuredError
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.recipe import Recipe, load
@@ -119,6 +120,23 @@ def test_a_mixed_run_keeps_its_mean(allocator: str, small: Recipe) -> None:
     kept = [round(8 * (1 - rate)) for rate in result.history[-1]["rates"].values()]
     assert sum(kept) == 4 * len(kept) and all(3 <= n <= 5 for n in kept)
     assert (len(set(kept)) > 1) == (allocator != "uniform")
+
+
+def test_mixed_n_are_priced_where_they_can_be(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rate that is tried is an N within one of the mean (4.5, then 4), tried once: no error stands at a rate beside its own."""
+    tried: list[list[float]] = []
+
+    def spy(self: Any, evidence: Any, rates: Any = MeasuredError.rates) -> Any:
+        tried.append([8 * (1 - rate) for table in evidence.seen for rate in table[0].tolist()])
+        return rates(self, evidence)
+
+    monkeypatch.setattr(MeasuredError, "rates", spy)
+    settings = small.to_json() | {"pattern": "mixed-4:8", "allocator": "error", "sparsity": None, "recovery": "none"}
+    result = losa.compress(tiny(), settings, tokenizer=tokenizer())
+    first = [round(8 * (1 - rate)) for rate in result.history[0]["rates"].values()]
+    assert sorted(first) == [4, 4, 5] or sorted(first) == [4, 5, 5]
+    assert tried[0] == [5.0, 4.0] * 3
+    assert tried[1] == [n for most in first for n in range(most, 2, -1)]
 
 
 def narrow(folder: Path) -> Path:

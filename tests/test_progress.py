@@ -130,13 +130,16 @@ def test_numbers_for_people() -> None:
         "1 h 0 min",
         "2 h 3 min",
     ]
-    assert [size(b) for b in (0, 999, 1000, 8_925_584, 12e9, 1.5e12)] == [
+    assert [size(b) for b in (0, 999, 1000, 999_499, 999_600, 8_925_584, 12e9, 999.9e9, 1.5e12)] == [
         "0 B",
         "999 B",
         "1 kB",
+        "999 kB",
+        "1 MB",
         "8.93 MB",
         "12 GB",
-        "1.5e+03 GB",
+        "1 TB",
+        "1.5 TB",
     ]
     assert [number(v) for v in (None, 10.012, 9999.4, 123456.0)] == ["-", "10.01", "9999.40", "1.23e+05"]
 

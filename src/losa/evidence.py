@@ -100,7 +100,8 @@ def _errors(
     whole = stream.sample_of(block, positions)
     tables = []
     for unit, floor in units:
-        rates = allocator.probes(recipe.sparsity_at(step), floor, recipe.kept.spread)
+        target = recipe.sparsity_at(step)
+        rates = recipe.kept.trials(allocator.probes(target, floor, recipe.kept.spread), target, floor)
         errors = []
         for rate in rates:
             kept = {name: _copy(block.masked[name]) for name in unit.linears}

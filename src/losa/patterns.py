@@ -71,25 +71,38 @@ class Pattern:
         if self.kind == "nm":
             return [1 - math.ceil(self.m * (1 - target) - 1e-9) / self.m] * len(rates)
         mean = self.m * (1 - target)
-        lowest = max(1, math.ceil(mean - 1 - 1e-9))
-        highest = [min(self.m, math.floor(mean + 1 + 1e-9), round(self.m * (1 - floor))) for floor in floors]
+        bounds = [self.bounds(target, floor) for floor in floors]
         wanted = [self.m * (1 - rate) for rate in rates]
-        kept = [max(lowest, min(h, math.floor(w + 1e-9))) for w, h in zip(wanted, highest, strict=True)]
+        kept = [max(low, min(high, math.floor(w + 1e-9))) for w, (low, high) in zip(wanted, bounds, strict=True)]
         units = range(len(kept))
         missing = mean * sum(counts) - sum(n * c for n, c in zip(kept, counts, strict=True))
-        while missing > 0 and (free := [u for u in units if kept[u] < highest[u]]):
+        while missing > 0 and (free := [u for u in units if kept[u] < bounds[u][1]]):
             unit = max(free, key=lambda u: (round(wanted[u] - kept[u], 9), -u))
             if missing < counts[unit] / 2:
                 break
             kept[unit] += 1
             missing -= counts[unit]
-        while missing < 0 and (free := [u for u in units if kept[u] > lowest]):
+        while missing < 0 and (free := [u for u in units if kept[u] > bounds[u][0]]):
             unit = min(free, key=lambda u: (round(wanted[u] - kept[u], 9), -u))
             if -missing <= counts[unit] / 2:
                 break
             kept[unit] -= 1
             missing += counts[unit]
         return [1 - n / self.m for n in kept]
+
+    def bounds(self, target: float, floor: float) -> tuple[int, int]:
+        """The least and the most that a unit of rate `floor` so far may keep of M, if mixed: within one of the mean."""
+        mean = self.m * (1 - target)
+        most = min(self.m, math.floor(mean + 1 + 1e-9), round(self.m * (1 - floor)))
+        return max(1, math.ceil(mean - 1 - 1e-9)), most
+
+    def trials(self, rates: list[float], target: float, floor: float) -> list[float]:
+        """Those that a unit can have in the place of `rates` that an allocator wants to try; each once, rising."""
+        if self.kind != "mixed":
+            return rates
+        low, high = self.bounds(target, floor)
+        kept = {max(low, min(high, round(self.m * (1 - rate)))) for rate in rates}
+        return [1 - n / self.m for n in sorted(kept, reverse=True)]
 
     def amount(self, rate: float) -> Amount:
         """What a pruner is told for a unit of this rate."""

@@ -3,11 +3,11 @@
 
 def size(count: float) -> str:
     """Bytes, decimal."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:  # what three digits round to 1000 goes on
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{count:.3g} TB"
 
 
 def duration(seconds: float) -> str:

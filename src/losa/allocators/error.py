@@ -11,7 +11,8 @@ from losa.errors import LosaError
 @dataclass
 class MeasuredError(Allocator):
     """Minimises the sum of the units' errors at the mean asked. delta: how far a rate may lie from the mean; None takes
-    what the pattern says, or 0.05. points: rates that are tried between the ends, both included."""
+    what the pattern says, or 0.05. points: rates that are tried between the ends, both included; of mixed N:M, no more
+    than it has N there."""
 
     delta: float | None = None
     points: int = 3
