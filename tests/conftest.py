@@ -35,7 +35,8 @@ hypothesis.settings.load_profile("losa")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """What a test draws without a seed does not depend on the tests before it."""
+    """What a test draws without a seed does not depend on the tests before it, nor its threads on how one of them ended."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)

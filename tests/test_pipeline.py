@@ -1,6 +1,7 @@
 """What always holds, whatever the model: DESIGN's invariants over the whole algorithm."""
 
 import json
+import shutil
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import losa
 from losa import masks, pipeline
+from losa.cli import main
 from losa.data import calibration_tokens, training_examples
 from losa.errors import LosaError
 from losa.export import load_masks
@@ -198,6 +200,36 @@ def test_lora_kept_apart_is_saved_as_peft_reads_it(llama: Path, tmp_path: Path, 
 
     tokens = evaluation_tokens(small.eval_data, tokenizer())[: small.eval_tokens]
     assert perplexity(whole, tokens, 64) == pytest.approx(result.measurements["sparse"]["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize("recovery", ["lora", "adalora"])
+def test_a_lora_kept_apart_counts_in_what_is_measured_later(
+    recovery: str, llama: Path, tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Evaluating and generating load it with the model; without it, both come out otherwise."""
+    pytest.importorskip("peft")
+    settings = {"recovery": recovery, "rank_by": "uniform", "train_samples": 60, "learning_rate": 3e-2}
+    recipe = changed(small, steps=1, allocator="uniform", **settings)
+    out = tmp_path / "out"
+    expected = losa.compress(str(llama), recipe, out).measurements["sparse"]["perplexity"]
+    bare = shutil.copytree(out, tmp_path / "bare", ignore=shutil.ignore_patterns("adapter"))
+    on_cpu = ["--device", "cpu", "--dtype", "float32", "--json"]
+    perplexities, texts = [], []
+    for folder in (out, bare):
+        data = ["--data", small.eval_data, "--tokens", str(small.eval_tokens)]
+        assert main(["evaluate", str(folder), *data, *on_cpu]) == 0
+        perplexities.append(json.loads(capsys.readouterr().out)["perplexity"])
+        assert main(["generate", str(folder), "--prompt", "def", "--max-new-tokens", "20", *on_cpu]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert perplexities[0] == pytest.approx(expected, rel=1e-4) != pytest.approx(perplexities[1], rel=1e-2)
+    assert texts[0] != texts[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(losa.model, "find_spec", lambda _: None)
+        with pytest.raises(LosaError, match=r"has an adapter beside it, which needs PEFT: pip install 'losa\[peft\]'"):
+            losa.model.load_whole(str(out), recipe)
+    (out / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(LosaError, match="cannot load the model"):
+        losa.model.load_whole(str(out), recipe)
 
 
 def test_lora_kept_apart_cannot_take_steps(small: Recipe) -> None:

@@ -156,7 +156,7 @@ def evaluate(
     prepared = harness.prepare(names, asked.task_data)
     progress = progress or Progress(quiet=True)
     with progress.working("loading"):
-        subject = model.load(source, recipe)
+        subject = model.load_whole(source, recipe)
         model.check_finite(subject)
     if asked.data:
         found |= {"data": asked.data, "tokens": len(tokens), "window": window, "stride": asked.stride}
@@ -164,7 +164,7 @@ def evaluate(
     if prepared:
         found |= harness.run(subject, tokenizer, prepared, asked.limit, asked.batch_size, quiet)
     if asked.prompts:
-        dense = model.load(asked.against, recipe)
+        dense = model.load_whole(asked.against, recipe)
         model.check_finite(dense)
         found["comparison"] = {"against": asked.against} | compare.compare(
             subject, dense, tokenizer, prompts, asked.max_new_tokens

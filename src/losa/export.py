@@ -10,7 +10,7 @@ from torch import Tensor
 from losa import card
 from losa.checkpoint import MASKS, Checkpoint, weight_bytes
 from losa.errors import LosaError
-from losa.model import Subject, folder_of, load_config
+from losa.model import ADAPTER, Subject, folder_of, load_config
 from losa.recipe import Recipe
 from losa.run import CARD, FORMAT, Run, share, sync, versions, write_json, writing
 from losa.sparse.linear import layouts_in
@@ -36,8 +36,8 @@ def save(
         subject.model.save_pretrained(staging)
         _name_architecture(subject.model.config, staging)
         if pairs is not None:
-            _save_adapter(staging / "adapter", pairs, recipe, subject.source)
-        return weight_bytes(staging) + sum(path.stat().st_size for path in staging.glob("adapter/*"))
+            _save_adapter(staging / ADAPTER, pairs, recipe, subject.source)
+        return weight_bytes(staging) + sum(path.stat().st_size for path in staging.glob(f"{ADAPTER}/*"))
 
     return publish(subject, recipe, write, bits, measurements, history, run)
 

@@ -50,7 +50,7 @@ def generate(
             f"the prompt has {length} tokens: with {max_new_tokens} more they are beyond the "
             f"{model.longest_text(config)} that the model reads: shorten it, or lower --max-new-tokens"
         )
-    loaded = model.load(source, settings)
+    loaded = model.load_whole(source, settings)
     model.check_finite(loaded)
     drawn = {"do_sample": True, "temperature": temperature}
     likeliest = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}

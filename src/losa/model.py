@@ -3,10 +3,12 @@
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from losa.disk import OnDisk
     from losa.recovery.distillation import Teacher
 
+ADAPTER = "adapter"  # the folder beside a model that has a LoRA which does not merge, as PEFT reads it
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -408,6 +411,35 @@ def load(source: str, recipe: Recipe) -> Any:
     check_complete(found, source)
     # a model that is sharded over devices, a block at a time, need not fit one
     return model if recipe.shard == "blocks" and distributed.world() > 1 else model.to(device)
+
+
+def load_whole(source: str, recipe: Recipe) -> Any:
+    """`load`, with the LoRA that is kept apart in adapter/, if there is one: what its owner runs, to measure and to use.
+
+    Raises LosaError also for an adapter that does not fit, or where PEFT is not installed.
+    """
+    from transformers.utils.hub import cached_file
+
+    loaded = load(source, recipe)
+    place = locate(source)
+    with loading(source):
+        config = cached_file(
+            place,
+            "adapter_config.json",
+            subfolder=ADAPTER,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if config is None:
+        return loaded
+    if find_spec("peft") is None:
+        raise LosaError(f"{source!r} has an adapter beside it, which needs PEFT: pip install 'losa[peft]'")
+    from peft import PeftModel
+
+    with warnings.catch_warnings(), loading(source):
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # PEFT's own call
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(loaded, place, subfolder=ADAPTER).get_base_model()
 
 
 def check_complete(found: dict[str, Any], source: str) -> None:
