@@ -5,8 +5,9 @@
 One matrix, with the statistic of inputs that go together as a transformer's do (and of gradients made from them);
 gathering it is not timed. Rounds are interleaved; times are medians over them. The ratio, to the first pruner within a
 round, is of processor time, so that what else runs matters less. `shares` are of the wall time of one more call under
-torch.profiler, an operation's own time without those it calls; numpy's selection is none of torch's. One line of JSON a
-pruner; nothing is timed whose count is not exact.
+torch.profiler, an operation's own time without those it calls; numpy's selection is none of torch's. SparseGPT is also
+timed against its products, which no order of columns avoids: Cholesky factor, its inverse, updates behind each block.
+One line of JSON a pruner; nothing is timed whose count is not exact.
 """
 
 import argparse
@@ -24,6 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 from losa import masks, registry
 from losa.patterns import NM, Amount, parse
 from losa.pruners.base import Pruner
+from losa.pruners.sparsegpt import Gram, SparseGPT
+
+PRODUCTS = "sparsegpt's products"
 
 
 def inputs(tokens: int, columns: int) -> Tensor:
@@ -73,6 +77,22 @@ def shares(work: Callable[[], Any], top: int) -> dict[str, float]:
     return {name: round(share, 3) for name, share in sorted(own.items(), key=lambda pair: -pair[1])[:top]}
 
 
+def products(pruner: SparseGPT, gram: Gram, rows: int) -> Callable[[], Any]:
+    """What SparseGPT cannot do without, on an inverse factor of its own: [in, in] twice, and `rows` x in behind each block."""
+    hessian = gram.total / gram.sequences
+    hessian.diagonal().add_(pruner.damp * hessian.diagonal().mean())
+    columns = torch.zeros(len(hessian), rows)
+
+    def work() -> None:
+        upper = torch.eye(len(hessian)).t()
+        torch.linalg.solve_triangular(torch.linalg.cholesky(hessian).mT, upper, upper=True, out=upper)
+        for start in range(0, len(hessian) - pruner.block, pruner.block):
+            span, behind = slice(start, start + pruner.block), slice(start + pruner.block, None)
+            columns[behind].addmm_(upper[span, behind].t(), columns[span], alpha=-1)
+
+    return work
+
+
 def rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
@@ -91,10 +111,14 @@ def compare(names: list[str], out: int, columns: int, wanted: Amount, tokens: in
             statistic.update(x, 1)
         calls[name] = lambda pruner=pruner, statistic=statistic: pruner.prune(weight, None, wanted, statistic)
         check(name, pruner, calls[name]()[1], wanted)  # and warms up
+        if isinstance(pruner, SparseGPT):
+            assert isinstance(statistic, Gram)
+            calls[PRODUCTS] = products(pruner, statistic, out)
+            calls[PRODUCTS]()
     del x
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    processor: dict[str, list[float]] = {name: [] for name in names}
-    order = list(names)
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    processor: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
     for _ in range(rounds):
         for name in order:
             began, used = time.perf_counter(), time.process_time()
@@ -117,6 +141,9 @@ def compare(names: list[str], out: int, columns: int, wanted: Amount, tokens: in
             f"ratio_to_{names[0]}": rounded(statistics.median(ratios)),
             "shares": shares(calls[name], top),
         }
+        if name == "sparsegpt":
+            over = [t / least for t, least in zip(processor[name], processor[PRODUCTS], strict=True)]
+            result["ratio_to_its_products"] = rounded(statistics.median(over))
         print(json.dumps(result), flush=True)
 
 

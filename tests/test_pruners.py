@@ -22,7 +22,7 @@ from losa.patterns import NM, Amount
 from losa.pruners.base import Pruner, Statistic
 from losa.pruners.magnitude import Magnitude
 from losa.pruners.pruner_zero import PrunerZero
-from losa.pruners.sparsegpt import SparseGPT
+from losa.pruners.sparsegpt import Gram, SparseGPT
 from losa.pruners.wanda import Wanda
 
 Floats = NDArray[np.float64]
@@ -466,6 +466,21 @@ def test_sparsegpt_dead_columns() -> None:
         assert mask[:, [2, 11, 36]].all() if sparsity == 0 else not mask[:, [2, 11, 36]].any()
         for unit in units(pruner, mask):
             assert int((~unit).sum()) == masks.count_pruned(sparsity, unit.numel())
+
+
+@pytest.mark.parametrize("columns", [1, 128, 129, 515])
+def test_sparsegpt_factor_of_any_width(columns: int) -> None:
+    """U^T U is the inverse of the damped Hessian: beyond 128 columns it is inverted by halves."""
+    x = inputs(columns, tokens=200)
+    statistic = gather(SparseGPT(), x)
+    assert isinstance(statistic, Gram)
+    upper, dead = SparseGPT()._factor(statistic)
+    flat = array(x).reshape(-1, columns)
+    hessian = 2 / len(x) * flat.T @ flat
+    hessian += 0.01 * np.trace(hessian) / columns * np.eye(columns)
+    want = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    assert not dead.any() and not upper.tril(-1).any()
+    assert np.abs(array(upper) - want).max() < 1e-4 * np.abs(want).max()
 
 
 def test_sparsegpt_with_fewer_tokens_than_columns() -> None:

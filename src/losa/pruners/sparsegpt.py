@@ -13,6 +13,8 @@ from losa.pruners.base import InputSum, Pruner, Statistic
 
 # Columns that are pruned one after the other before their errors reach others of the block in one product; of N:M, M.
 STRIDE = 16
+# Columns of a triangular matrix that are inverted at once.
+LEAF = 128
 # Damping grows tenfold at each failed factorisation: from 0.01 to 100 times the mean diagonal, where nothing but a
 # broken Hessian fails.
 ATTEMPTS = 5
@@ -103,13 +105,25 @@ class SparseGPT(Pruner):
             # same U as the factor of an explicit inverse, from one factorisation, and with no inverse to round.
             lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
             if not int(failed):
-                upper = torch.eye(len(dead), dtype=hessian.dtype, device=hessian.device).t()  # solved in place
-                torch.linalg.solve_triangular(lower.flip(0, 1), upper, upper=True, out=upper)
+                upper = lower.flip(0, 1)
+                _invert(upper)
                 if finite(upper):
                     return upper, dead
         raise LosaError(
             f"SparseGPT's Hessian does not factorise, even damped by {added:.3g}: take more calibration data or damp"
         )
+
+
+def _invert(upper: Tensor) -> None:
+    """Inverts an upper triangular matrix in place, by halves: to solve for the identity takes more than twice as long."""
+    half = len(upper) // 2
+    if len(upper) <= LEAF:
+        upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True))
+        return
+    first, corner, last = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    _invert(first)
+    _invert(last)
+    corner.addmm_(first, corner @ last, beta=0, alpha=-1)
 
 
 def damped(diagonal: Tensor, least: float) -> Iterator[float]:
