@@ -26,11 +26,9 @@ class Pages:
         self._next = -torch.frombuffer(self._map, dtype=torch.uint8).data_ptr() % HUGE
 
     def put(self, tensor: Tensor, columns: int | None = None) -> Tensor:
-        """A copy of a tensor, with a storage of its own.
-
-        columns: so many entries from row to row of a matrix, those behind its own zero.
-        """
+        """A copy of a tensor, with a storage of its own. columns: so many in each row of a matrix, zeros behind its own."""
         shape = tensor.shape if columns is None else torch.Size([len(tensor), columns])
         piece = torch.frombuffer(self._map, dtype=tensor.dtype, count=shape.numel(), offset=self._next).view(shape)
         self._next += -(-piece.nbytes // LINE) * LINE
-        return (piece if columns is None else piece[:, : tensor.shape[1]]).copy_(tensor)
+        (piece if columns is None else piece[:, : tensor.shape[1]]).copy_(tensor)
+        return piece

@@ -82,7 +82,7 @@ class Table:
         self._kept: list[Any] = []  # what the steps point to
         config, base = whole.config, whole.model
         with torch.no_grad():
-            _move([module for module in whole.modules() if isinstance(module, nn.Linear | PackedLinear)])
+            self._moved = _move([module for module in whole.modules() if isinstance(module, nn.Linear | PackedLinear)])
             self._build(config, base, whole.lm_head)
         self._array = (Step * len(self.steps))(*self.steps)
         self.counters = torch.zeros(len(self.steps) * 16, dtype=torch.int64)  # two lines of 64 bytes a step
@@ -99,7 +99,7 @@ class Table:
         attended, gated = self._buffer(most), self._buffer(middle)
         self.logits = self._buffer(head.out_features)  # type: ignore[arg-type]
         table = base.embed_tokens.weight
-        self._add(EMBED, y=self.hidden, table=table, n=width, dim=table.stride(0), type=cpu.TYPES[table.dtype])
+        self._add(EMBED, y=self.hidden, table=table, n=width, type=cpu.TYPES[table.dtype])
         for index, (layer, heads) in enumerate(zip(base.layers, self.heads, strict=True)):
             attention, mlp = layer.self_attn, layer.mlp
             self._norm(layer.input_layernorm, self.hidden, self.normed)
@@ -167,9 +167,9 @@ class Table:
 
     def _matrix(self, linear: Any) -> cpu.Matrix:
         if not isinstance(linear, PackedLinear):
-            weight = linear.weight
-            dense: dict[str, int] = {"per_row": weight.stride(0), "type": cpu.TYPES[weight.dtype]}
-            return cpu.Matrix(weight.data_ptr(), out=weight.shape[0], columns=weight.shape[1], **dense)
+            weight = self._moved[id(linear.weight)]
+            dense: dict[str, int] = {"per_row": weight.shape[1], "type": cpu.TYPES[weight.dtype]}
+            return cpu.Matrix(weight.data_ptr(), out=weight.shape[0], columns=linear.in_features, **dense)
         made = cpu.matrix(linear.packed)
         if self.kernel.summed and linear.packed.scales is not None:
             self._kept.append(sums := _sums(linear.packed))
@@ -212,20 +212,24 @@ def kernel_of(whole: Any) -> cpu.Native:
     return kernel
 
 
-def _row(linear: nn.Linear) -> int:
-    return -(-linear.in_features // COLUMNS) * COLUMNS
+def _move(linears: list[Any]) -> dict[int, Tensor]:
+    """Move the weights of linears into pages, where their parameters then are. Returns them by their parameters' ids.
 
-
-def _move(linears: list[Any]) -> None:
-    """Move the weights of linears into pages, where their parameters then are; those of dense ones get padded rows."""
+    Rows of a dense weight are multiples of COLUMNS there; where the model's are not, it keeps its own beside them.
+    """
     weights: dict[int, tuple[nn.Parameter, int | None]] = {}
     for linear in linears:
         for parameter in linear.parameters(recurse=False):
             if parameter is not linear.bias:
-                weights[id(parameter)] = parameter, _row(linear) if isinstance(linear, nn.Linear) else None
+                uneven = isinstance(linear, nn.Linear) and linear.in_features % COLUMNS
+                weights[id(parameter)] = parameter, linear.in_features - uneven + COLUMNS if uneven else None
     pages = Pages([p.nbytes if row is None else len(p) * row * p.itemsize for p, row in weights.values()])
-    for parameter, row in weights.values():
-        parameter.data = pages.put(parameter.data, row)
+    moved = {}
+    for name, (parameter, row) in weights.items():
+        moved[name] = pages.put(parameter.data, row)
+        if row is None:
+            parameter.data = moved[name]
+    return moved
 
 
 def _sums(packed: Packed) -> Tensor:

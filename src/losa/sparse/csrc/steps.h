@@ -34,7 +34,7 @@ struct Step {
     Linear linear[3];      // MULTIPLY, ADD: y = or += W x + bias. GATE: linear[0].y = silu(W0 x) W1 x. PLACE: the first's x
     float *x, *y;          // EMBED, ATTEND: y. NORM: y from x. PLACE: from x, floats
     const float *weight;   // NORM: [n]
-    const void *table;     // EMBED: rows of `dim` entries of `type`, the first n are read
+    const void *table;     // EMBED: [vocabulary, n] of `type`
     int64_t n;
     Type type;
     float epsilon;         // NORM, and of q_norm and k_norm
@@ -283,7 +283,7 @@ void run(const Plan &plan, const Step &s, int64_t piece) {
     };
     switch (s.does) {
         case EMBED:
-            for (int64_t i = 0; i < s.n; i++) s.y[i] = read_float(s.table, s.type, plan.token * s.dim + i);
+            for (int64_t i = 0; i < s.n; i++) s.y[i] = read_float(s.table, s.type, plan.token * s.n + i);
             break;
         case NORM: norm(s.x, s.weight, s.epsilon, s.n, s.y); break;
         case PLACE: place(s, piece); break;
