@@ -1,9 +1,11 @@
 """Tiny random models with the demo's tokenizer, and a little text, in folders as a user has them."""
 
+import ctypes
 import json
 import math
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -22,6 +24,7 @@ import transformers
 from losa import progress
 from losa.recipe import Recipe
 from losa.run import Run
+from losa.sparse import native
 
 FUZZ = int(os.environ.get("LOSA_FUZZ", "1"))  # so many times the tampering that CI does: docs/format.md has the command
 LONG = 1800  # seconds until what hangs is an error; nothing is meant to take so long, however busy the machine
@@ -200,3 +203,18 @@ def killed_after(saves: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Run, "save", dying)
         yield
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The AVX-512 kernels, every instruction of theirs in plain C++ (tests/emulated), for any processor."""
+    try:
+        command = native.compiler()
+    except native.Unavailable as error:
+        pytest.skip(str(error))
+    made = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    sources = [str(native.CSRC / f"{name}.cpp") for name in ("common", "avx512", "avx512_bf16")]
+    include = ["-I", str(Path(__file__).parent / "emulated")]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-shared", "-pthread"]
+    subprocess.run([*command, *flags, *include, *sources, "-o", str(made), "-ldl"], check=True)
+    return ctypes.CDLL(str(made))

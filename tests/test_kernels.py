@@ -24,21 +24,6 @@ TYPES = (torch.float32, torch.bfloat16)
 POISON = {torch.int8: 0x55, torch.uint8: 0xFF, torch.int32: 0x7FFFFFF0}
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The AVX-512 kernels, every instruction of theirs in plain C++ (tests/emulated), for any processor."""
-    try:
-        command = native.compiler()
-    except native.Unavailable as error:
-        pytest.skip(str(error))
-    made = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    sources = [str(native.CSRC / f"{name}.cpp") for name in ("common", "avx512", "avx512_bf16")]
-    include = ["-I", str(Path(__file__).parent / "emulated")]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-shared", "-pthread"]
-    subprocess.run([*command, *flags, *include, *sources, "-o", str(made), "-ldl"], check=True)
-    return ctypes.CDLL(str(made))
-
-
 @pytest.fixture(params=list(registry.KERNELS))
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.Kernel]:
     """Every registered kernel; those whose instructions this processor lacks are emulated."""

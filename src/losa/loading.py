@@ -110,10 +110,11 @@ def register() -> None:
             self.expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters()}
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-            from losa.sparse import linear
+            from losa.sparse import decoding, linear
 
             linear.settle(model, self.__dict__.pop("expected"))
             linear.finish(model, self.layouts)
+            decoding.attach(model)
             return model
 
         def _dequantize(self, model: Any, dtype: Any = None) -> Any:

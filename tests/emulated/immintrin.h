@@ -60,6 +60,9 @@ inline __m512 _mm512_set1_ps(float f) {
 inline __m512i _mm512_set1_epi8(char c) {
     return each<char, __m512i>([&](int) { return c; });
 }
+inline __m512i _mm512_set1_epi32(int n) {
+    return each<int32_t, __m512i>([&](int) { return n; });
+}
 
 inline __m512 _mm512_loadu_ps(const void *p) { return load<__m512>(p); }
 inline __m512i _mm512_loadu_si512(const void *p) { return load<__m512i>(p); }

@@ -25,7 +25,7 @@ class Matrix(ctypes.Structure):
     """struct Matrix in csrc/losa.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "mask", "offsets", "scales")),
+        *((name, ctypes.c_void_p) for name in ("values", "mask", "offsets", "scales", "sums")),
         *((name, ctypes.c_int64) for name in ("out", "columns", "per_row")),
         ("type", ctypes.c_int32),
     )
@@ -51,6 +51,7 @@ class Native:
     symbol: str  # its functions in csrc are losa_multiply_<symbol>, losa_expand_<expands>
     expands: str
     bf16_tiles = False  # whether the hardware multiplies bfloat16, and expansion makes it
+    summed = False  # whether decoding wants the sums of int8 values
 
     def refuses(self, packed: Packed, x_dtype: torch.dtype, device: torch.device) -> str | None:
         """Why it cannot multiply these, None if it can."""
@@ -89,7 +90,7 @@ class Native:
         if not rows:
             return y
         call = Call(
-            _matrix(packed),
+            matrix(packed),
             x.data_ptr(),
             _address(bias),
             y.data_ptr(),
@@ -110,13 +111,13 @@ class Native:
         stride = -(-packed.in_features // 64) * 64
         height = max(64, TILE // stride // 64 * 64)
         tile = torch.empty((min(height, packed.out_features), stride), dtype=dtype)
-        matrix = _matrix(packed)
+        weight = matrix(packed)
         expand = function(f"losa_expand_{self.expands}{'_bf16' if dtype == torch.bfloat16 else ''}")
         added = torch.zeros(1, dtype=dtype) if bias is None else bias.to(dtype)  # with the product: rounded once
         for first in range(0, packed.out_features, height):
             rows = slice(first, min(first + height, packed.out_features))
             count = rows.stop - first
-            _done(expand(ctypes.byref(matrix), first, count, tile.data_ptr(), stride, torch.get_num_threads()))
+            _done(expand(ctypes.byref(weight), first, count, tile.data_ptr(), stride, torch.get_num_threads()))
             part = added if bias is None else added[rows]
             torch.addmm(
                 part, factor, tile[:count, : packed.in_features].t(), out=y[:, rows], beta=int(bias is not None)
@@ -131,6 +132,7 @@ class AVX512BF16(Native):
     needs = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2", "avx512_vnni", "avx512_bf16")
     values = (torch.bfloat16, torch.int8)
     bf16_tiles = True
+    summed = True
 
     def refuses(self, packed: Packed, x_dtype: torch.dtype, device: torch.device) -> str | None:
         """Why it cannot multiply these, None if it can."""
@@ -178,6 +180,8 @@ def function(name: str) -> Callable[..., int]:
         "multiply": [pointer],
         "expand": [pointer, number, number, pointer, number, small],
         "dense": [pointer, pointer, pointer, number, number, small],
+        "decode": [pointer],
+        "form": [pointer],
         "read": [pointer, number, small],
     }[kind]
     found.restype = ctypes.c_uint64 if kind == "read" else ctypes.c_int
@@ -185,7 +189,8 @@ def function(name: str) -> Callable[..., int]:
     return typed
 
 
-def _matrix(packed: Packed) -> Matrix:
+def matrix(packed: Packed) -> Matrix:
+    """The weight for the native library; lives no longer than `packed`."""
     values = packed.values
     out = packed.mask.shape[0]
     return Matrix(
@@ -193,6 +198,7 @@ def _matrix(packed: Packed) -> Matrix:
         packed.mask.data_ptr(),
         _address(packed.offsets),
         _address(packed.scales),
+        None,
         out,
         packed.in_features,
         packed.kept // out,

@@ -244,7 +244,10 @@ def pack_model(
                 made[name] = PackedLinear.of(packed, found)
                 whole.set_submodule(name, made[name])
     if made:
+        from losa.sparse import decoding  # which knows packed linears
+
         whole.config.quantization_config = describe({name: linear.packed.layout for name, linear in made.items()})
+        decoding.attach(whole)
     return made
 
 

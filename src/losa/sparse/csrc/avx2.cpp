@@ -63,7 +63,8 @@ struct Floats {  // what the kinds share: x, sums and tiles are floats
     typedef uint64_t Mask;
     typedef __m256 Weights, Inputs, Sum;
     static constexpr int STEP = 8, PER_COLUMN = 1;
-    static constexpr bool SCALED = false;
+    static constexpr bool SCALED = false, SUMMED = false, DENSE = false;
+    static constexpr Form FORM = FLOATS;
 
     static Mask mask(uint64_t word, int k) {  // byte k, times 32: one rotation and one `and`
         const int by = (8 * k - 5) & 63;
@@ -82,6 +83,7 @@ struct Floats {  // what the kinds share: x, sums and tiles are floats
         arrange_floats(call, to, width);
         return false;
     }
+    static void place(const float *x, int64_t n, float *to, float *) { memcpy(to, x, (size_t)n * 4); }
     static void put(Weights w, float, float *to) { _mm256_storeu_ps(to, w); }
 };
 
@@ -110,6 +112,7 @@ struct KindF32 : Floats {
         const __m256i to = look_up(SPREAD32, mask);
         return _mm256_blendv_ps(zero(), _mm256_permutevar8x32_ps(_mm256_loadu_ps(v), to), _mm256_castsi256_ps(to));
     }
+    static Weights all(const float *v) { return _mm256_loadu_ps(v); }
 };
 
 struct KindI8 : Floats {  // q in the upper byte of an integer: q * 2^24, exact as a float
@@ -123,6 +126,35 @@ struct KindI8 : Floats {  // q in the upper byte of an integer: q * 2^24, exact 
     static void put(Weights w, float scale, float *to) { _mm256_storeu_ps(to, _mm256_mul_ps(w, splat(scale * 0x1p-24f))); }
 };
 
+struct DenseBF16 : KindBF16 {
+    static constexpr bool DENSE = true;
+};
+
+struct DenseF32 : KindF32 {
+    static constexpr bool DENSE = true;
+};
+
+struct Kinds {
+    template <class Body>
+    static void call(const Matrix &w, Body body) {
+        if (!w.mask) return w.type == BF16 ? body(DenseBF16()) : body(DenseF32());
+        switch (w.type) {
+            case BF16: return body(KindBF16());
+            case F16: return body(KindF16());
+            case F32: return body(KindF32());
+            case I8: return body(KindI8());
+        }
+    }
+};
+
+constexpr int LANES = 8;
+inline Vector load_floats(const float *v) { return _mm256_loadu_ps(v); }
+inline Vector load_floats(const uint16_t *v) { return KindBF16::all(v); }
+inline void store_floats(float *to, Vector v) { _mm256_storeu_ps(to, v); }
+
 }  // namespace
 
+#include "steps.h"
+
 LOSA_KERNEL(avx2)
+LOSA_DECODER(avx2)

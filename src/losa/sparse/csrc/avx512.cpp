@@ -12,7 +12,8 @@ struct Floats {
     typedef __mmask16 Mask;
     typedef __m512 Weights, Inputs, Sum;
     static constexpr int STEP = 16, PER_COLUMN = 1;
-    static constexpr bool SCALED = false;
+    static constexpr bool SCALED = false, SUMMED = false, DENSE = false;
+    static constexpr Form FORM = FLOATS;
     static Mask mask(uint64_t word, int k) { return (Mask)(word >> 16 * k); }
     static int count(Mask mask) { return __builtin_popcount(mask); }
     static Inputs load(const float *x) { return hold(_mm512_loadu_ps(x)); }
@@ -23,6 +24,7 @@ struct Floats {
         arrange_floats(call, to, width);
         return false;
     }
+    static void place(const float *x, int64_t n, float *to, float *) { memcpy(to, x, (size_t)n * 4); }
     static void put(Weights w, float, float *to) { _mm512_storeu_ps(to, w); }
 };
 
@@ -42,6 +44,7 @@ struct KindF16 : Floats {
 struct KindF32 : Floats {
     typedef float Value;
     static Weights spread(const float *v, Mask mask) { return _mm512_maskz_expand_ps(mask, _mm512_loadu_ps(v)); }
+    static Weights all(const float *v) { return _mm512_loadu_ps(v); }
 };
 
 struct KindI8 : Floats {
@@ -53,6 +56,30 @@ struct KindI8 : Floats {
     static void put(Weights w, float scale, float *to) { _mm512_storeu_ps(to, _mm512_mul_ps(w, splat(scale))); }
 };
 
+struct DenseBF16 : KindBF16 {
+    static constexpr bool DENSE = true;
+};
+
+struct DenseF32 : KindF32 {
+    static constexpr bool DENSE = true;
+};
+
+struct Kinds {
+    template <class Body>
+    static void call(const Matrix &w, Body body) {
+        if (!w.mask) return w.type == BF16 ? body(DenseBF16()) : body(DenseF32());
+        switch (w.type) {
+            case BF16: return body(KindBF16());
+            case F16: return body(KindF16());
+            case F32: return body(KindF32());
+            case I8: return body(KindI8());
+        }
+    }
+};
+
 }  // namespace
 
+#include "steps.h"
+
 LOSA_KERNEL(avx512)
+LOSA_DECODER(avx512)

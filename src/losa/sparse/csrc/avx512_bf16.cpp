@@ -13,7 +13,8 @@ struct KindBF16 {  // x is bfloat16 too
     typedef __m512i Weights, Inputs;
     typedef __m512 Sum;
     static constexpr int STEP = 32, PER_COLUMN = 1;
-    static constexpr bool SCALED = false;
+    static constexpr bool SCALED = false, SUMMED = false, DENSE = false;
+    static constexpr Form FORM = HALVES;
     static Mask mask(uint64_t word, int k) { return (Mask)(word >> 32 * k); }
     static int count(Mask mask) { return __builtin_popcount(mask); }
     static Weights all(const uint16_t *v) { return _mm512_loadu_si512(v); }
@@ -26,6 +27,9 @@ struct KindBF16 {  // x is bfloat16 too
         const int64_t in = call.weight.in;
         for (int64_t b = 0; b < call.rows; b++) memcpy(to + b * width, (const uint16_t *)call.x + b * in, (size_t)in * 2);
         return false;
+    }
+    static void place(const float *x, int64_t n, uint16_t *to, float *) {
+        for (int64_t j = 0; j < n; j++) to[j] = float_bf16(x[j]);
     }
     typedef uint16_t Output;
     static void put(Weights w, float, uint16_t *to) { _mm512_storeu_si512(to, w); }
@@ -45,7 +49,8 @@ struct KindI8 {
         __m512i high, low, weights;
     };
     static constexpr int STEP = 64, PER_COLUMN = 2;
-    static constexpr bool SCALED = true;
+    static constexpr bool SCALED = true, SUMMED = false, DENSE = false;
+    static constexpr Form FORM = FIXED;
     static Mask mask(uint64_t word, int) { return word; }
     static int count(Mask mask) { return __builtin_popcountll(mask); }
     static Weights spread(const int8_t *v, Mask mask) { return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(v)); }
@@ -60,31 +65,85 @@ struct KindI8 {
         const __m512i high = _mm512_sub_epi32(_mm512_slli_epi32(sum.high, 8), _mm512_slli_epi32(sum.weights, 15));
         return _mm512_cvtepi32_ps(_mm512_add_epi32(high, sum.low));
     }
+    // A GROUP of x, or what there is of it, and its scale.
+    static void place(const float *x, int64_t n, uint8_t *to, float *scale) {
+        float most[16] = {};
+        bool number = true;
+        for (int64_t j = 0; j < n; j++) {
+            const float size = __builtin_fabsf(x[j]);
+            most[j % 16] = size > most[j % 16] ? size : most[j % 16];
+            number &= size == size;
+        }
+        float largest = number ? 0 : bits_float(0x7fc00000);
+        for (float size : most) largest = size > largest ? size : largest;
+        const float unit = largest / 32767;
+        const bool usable = unit >= 0x1p-126f && unit <= 0x1p127f;  // not NaN, infinite or about zero
+        *scale = usable ? unit : largest <= 1 ? 0 : bits_float(0x7fc00000);
+        const float inverse = usable ? 1 / unit : 0;
+        for (int64_t begin = 0; begin < n; begin += 64) {
+            const int64_t end = begin + 64 < n ? 64 : n - begin;
+            for (int64_t j = 0; j < end; j++) {
+                const int32_t digits = (int32_t)__builtin_rintf(usable ? x[begin + j] * inverse : 0) + 32768;
+                to[2 * begin + j] = (uint8_t)(digits >> 8);
+                to[2 * begin + 64 + j] = (uint8_t)digits;
+            }
+        }
+    }
     static bool arrange(const Call &call, uint8_t *to, int64_t width, float *scales, int64_t groups) {
         const int64_t in = call.weight.in;
+        float x[GROUP];
         for (int64_t b = 0; b < call.rows; b++) {
-            for (int64_t g = 0; g < groups; g++) {
-                const int64_t begin = g * GROUP, end = begin + GROUP < in ? begin + GROUP : in;
-                float largest = 0;
-                for (int64_t j = begin; j < end; j++) {
-                    const float x = __builtin_fabsf(read_float(call.x, call.x_type, b * in + j));
-                    if (!(x <= largest)) largest = x;  // NaN comes in; a number after it does not, since it is not above
-                    if (largest != largest) break;
-                }
-                const float scale = largest / 32767;
-                const bool usable = scale >= 0x1p-126f && scale <= 0x1p127f;  // not NaN, infinite or about zero
-                scales[b * groups + g] = usable ? scale : largest <= 1 ? 0 : bits_float(0x7fc00000);
-                const float inverse = usable ? 1 / scale : 0;
-                for (int64_t j = begin; j < end; j++) {
-                    const float x = usable ? read_float(call.x, call.x_type, b * in + j) * inverse : 0;
-                    const int32_t digits = (int32_t)__builtin_rintf(x) + 32768;
-                    uint8_t *at = to + b * width + j / 64 * 128 + j % 64;
-                    at[0] = (uint8_t)(digits >> 8);
-                    at[64] = (uint8_t)digits;
-                }
+            for (int64_t begin = 0; begin < in; begin += GROUP) {
+                const int64_t n = begin + GROUP < in ? GROUP : in - begin;
+                for (int64_t j = 0; j < n; j++) x[j] = read_float(call.x, call.x_type, b * in + begin + j);
+                place(x, n, to + b * width + 2 * begin, scales + b * groups + begin / GROUP);
             }
         }
         return true;
+    }
+};
+
+// Where the sums of the weights are known, two products do.
+struct KindI8Summed : KindI8 {
+    static constexpr bool SUMMED = true;
+    struct Sum {
+        __m512i high, low;
+    };
+    static Sum none() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+    static void add(Sum &sum, Weights w, Inputs x) {
+        sum.high = _mm512_dpbusd_epi32(sum.high, x.high, w);
+        sum.low = _mm512_dpbusd_epi32(sum.low, x.low, w);
+    }
+    static Vector total(Sum sum, int32_t weights) {  // 2^15 of them each, a sixteenth in every lane
+        const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low);
+        return _mm512_cvtepi32_ps(_mm512_sub_epi32(both, _mm512_set1_epi32(weights * 2048)));
+    }
+};
+
+struct DenseBF16 : KindBF16 {
+    static constexpr bool DENSE = true;
+};
+
+struct DenseF32 {
+    typedef float Value, Input;
+    typedef __m512 Weights, Inputs, Sum;
+    static constexpr int STEP = 16, PER_COLUMN = 1;
+    static constexpr bool DENSE = true;
+    static constexpr Form FORM = FLOATS;
+    static Weights all(const float *v) { return _mm512_loadu_ps(v); }
+    static Inputs load(const float *x) { return hold(_mm512_loadu_ps(x)); }
+    static Sum none() { return zero(); }
+    static void add(Sum &sum, Weights w, Inputs x) { sum = fma(w, x, sum); }
+    static Vector total(Sum sum) { return sum; }
+    static void place(const float *x, int64_t n, float *to, float *) { memcpy(to, x, (size_t)n * 4); }
+};
+
+struct Kinds {
+    template <class Body>
+    static void call(const Matrix &w, Body body) {  // of what the kernel does not refuse
+        if (!w.mask) return w.type == BF16 ? body(DenseBF16()) : body(DenseF32());
+        if (w.type == BF16) return body(KindBF16());
+        return w.sums ? body(KindI8Summed()) : body(KindI8());
     }
 };
 
@@ -108,6 +167,10 @@ struct ExpandI8 {  // rounded to bfloat16 once multiplied by its scale
 
 }  // namespace
 
+#include "steps.h"
+
+LOSA_DECODER(avx512_bf16)
+
 extern "C" int losa_multiply_avx512_bf16(const Call *call) {
     return call->weight.type == I8 ? product<KindI8>(*call) : product<KindBF16>(*call);
 }
@@ -118,7 +181,5 @@ extern "C" int losa_expand_avx512_bf16_bf16(const Matrix *weight, int64_t first,
 }
 
 extern "C" int losa_dense_avx512_bf16(const uint16_t *weight, const void *x, float *y, int64_t out, int64_t in, int32_t threads) {
-    Dense dense = {weight, x, y, in};
-    losa_parallel(out, 64, threads, dense_range<KindBF16>, &dense);
-    return 0;
+    return dense<KindBF16>(weight, x, y, out, in, threads);
 }

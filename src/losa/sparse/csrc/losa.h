@@ -16,6 +16,7 @@ struct Matrix {            // a packed weight [out, in], as docs/format.md has i
     const uint8_t *mask;   // [out, ceil(in / 8)]
     const int32_t *offsets;  // [out + 1], or null: every row then keeps per_row
     const uint16_t *scales;  // bf16 [out, ceil(in / 256)] if the type is I8
+    const int16_t *sums;     // of the values that share a scale, [out, ceil(in / 256)]: for decoding, or null
     int64_t out, in, per_row;
     Type type;
 };

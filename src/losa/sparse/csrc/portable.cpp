@@ -53,7 +53,8 @@ struct Floats {
     typedef unsigned Mask;
     typedef Vector Weights, Inputs, Sum;
     static constexpr int STEP = 8, PER_COLUMN = 1;
-    static constexpr bool SCALED = false;
+    static constexpr bool SCALED = false, SUMMED = false, DENSE = false;
+    static constexpr Form FORM = FLOATS;
     static Mask mask(uint64_t word, int k) { return word >> 8 * k & 255; }
     static int count(Mask mask) { return __builtin_popcount(mask); }
     static Inputs load(const float *x) {
@@ -68,6 +69,7 @@ struct Floats {
         arrange_floats(call, to, width);
         return false;
     }
+    static void place(const float *x, int64_t n, float *to, float *) { memcpy(to, x, (size_t)n * 4); }
     static void put(const Weights &w, float scale, float *to) {
         for (int i = 0; i < 8; i++) to[i] = w.lane[i] * scale;
     }
@@ -97,6 +99,39 @@ typedef Kind<uint16_t, half_float> KindF16;
 typedef Kind<float, to_float> KindF32;
 typedef Kind<int8_t, to_float, true> KindI8;
 
+struct DenseBF16 : KindBF16 {
+    static constexpr bool DENSE = true;
+};
+
+struct DenseF32 : KindF32 {
+    static constexpr bool DENSE = true;
+};
+
+struct Kinds {
+    template <class Body>
+    static void call(const Matrix &w, Body body) {
+        if (!w.mask) return w.type == BF16 ? body(DenseBF16()) : body(DenseF32());
+        switch (w.type) {
+            case BF16: return body(KindBF16());
+            case F16: return body(KindF16());
+            case F32: return body(KindF32());
+            case I8: return body(KindI8());
+        }
+    }
+};
+
+constexpr int LANES = 8;
+template <class T>
+inline Vector load_floats(const T *v) {
+    Vector f;
+    for (int i = 0; i < LANES; i++) f.lane[i] = sizeof(T) == 4 ? (float)v[i] : bf16_float((uint16_t)v[i]);
+    return f;
+}
+inline void store_floats(float *to, const Vector &v) { memcpy(to, v.lane, sizeof v.lane); }
+
 }  // namespace
 
+#include "steps.h"
+
 LOSA_KERNEL(portable)
+LOSA_DECODER(portable)

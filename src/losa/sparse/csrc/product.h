@@ -7,6 +7,7 @@
 //   Value, Input                 a stored value; an element of x as `arrange` lays it out, PER_COLUMN of them a column
 //   STEP                         columns spread at a time: 8, 16, 32 or 64
 //   SCALED                       whether each GROUP of columns has a scale
+//   SUMMED                       whether `total` asks for the sum of a GROUP's values, which Matrix.sums then holds
 //   Mask mask(word, k)           the k-th STEP columns of 64
 //   int count(Mask)              how many of them are kept
 //   Weights spread(v, Mask)      the next values, each in its column, zero in the others
@@ -28,6 +29,8 @@
 
 namespace {
 
+enum Form : int32_t { FLOATS, HALVES, FIXED };  // of x: floats; bfloat16; 16-bit fixed point with scales
+
 constexpr int TOGETHER = 4;  // rows of x that share one expansion; the next four read the weights from the nearest cache
 
 struct Layout {  // x as the kernel reads it: [rows, width] of Input, zero behind the last column
@@ -36,21 +39,32 @@ struct Layout {  // x as the kernel reads it: [rows, width] of Input, zero behin
     int64_t width, groups;
 };
 
-template <class K, int R, int B>
-inline void product_rows(const Call &call, const Layout &x, int64_t first_x, const int64_t (&row)[R]) {
-    const Matrix &w = call.weight;
-    const int64_t bytes = (w.in + 7) / 8;
+// Where a row of a packed weight begins.
+template <class K>
+struct Row {
+    const typename K::Value *values;
+    const uint8_t *mask;
+    const uint16_t *scales;  // of its GROUPs, if K has scales
+    const int16_t *sums;     // of the values of its GROUPs, if K asks for them
+};
+
+template <class K>
+inline Row<K> row_of(const Matrix &w, int64_t row) {
     const int64_t groups = (w.in + GROUP - 1) / GROUP;
-    // A sum waits for the last one of its own chain: with few sums, two chains each.
-    constexpr int CHAINS = B == 1 ? 2 : 1;
+    return {(const typename K::Value *)w.values + first_value(w, row), w.mask + row * ((w.in + 7) / 8),
+            K::SCALED ? w.scales + row * groups : nullptr, K::SUMMED ? w.sums + row * groups : nullptr};
+}
+
+// y[r][b] = rows of packed weights, of one matrix or several of `in` columns, times rows of x from first_x on.
+template <class K, int R, int B>
+inline void dot_rows(Row<K> (&row)[R], int64_t in, const Layout &x, int64_t first_x, float (&y)[R][B]) {
+    const int64_t bytes = (in + 7) / 8;
     constexpr int STEPS = 64 / K::STEP;
-    const typename K::Value *values[R];
-    const uint8_t *mask[R];
+    // A sum waits for the last one of its own chain: with few sums, two chains each.
+    constexpr int CHAINS = B == 1 && STEPS > 1 ? 2 : 1;
     typename K::Sum sums[R][B][CHAINS];
     Vector totals[R][B];
     for (int r = 0; r < R; r++) {
-        values[r] = (const typename K::Value *)w.values + first_value(w, row[r]);
-        mask[r] = w.mask + row[r] * bytes;
         for (int b = 0; b < B; b++) {
             totals[r][b] = zero();
             for (int c = 0; c < CHAINS; c++) sums[r][b][c] = K::none();
@@ -66,8 +80,8 @@ inline void product_rows(const Call &call, const Layout &x, int64_t first_x, con
             UNROLL(2)
             for (int r = 0; r < R; r++) {
                 const typename K::Mask kept = K::mask(word[r], k);
-                weights[r] = K::spread(values[r], kept);
-                values[r] += K::count(kept);
+                weights[r] = K::spread(row[r].values, kept);
+                row[r].values += K::count(kept);
             }
             UNROLL(8)
             for (int b = 0; b < B; b++) {
@@ -83,20 +97,23 @@ inline void product_rows(const Call &call, const Layout &x, int64_t first_x, con
         int64_t byte = begin;
         uint64_t word[R];
         for (; byte + 8 <= end; byte += 8) {
-            for (int r = 0; r < R; r++) memcpy(&word[r], mask[r] + byte, 8);
+            for (int r = 0; r < R; r++) memcpy(&word[r], row[r].mask + byte, 8);
             step(byte, word);
         }
         if (byte < end) {  // the row's last columns: nothing is read beyond it
-            for (int r = 0; r < R; r++) word[r] = 0, memcpy(&word[r], mask[r] + byte, (size_t)(end - byte));
+            for (int r = 0; r < R; r++) word[r] = 0, memcpy(&word[r], row[r].mask + byte, (size_t)(end - byte));
             step(byte, word);
         }
         if (K::SCALED) {
             for (int r = 0; r < R; r++) {
-                const float scale = bf16_float(w.scales[row[r] * groups + begin / span]);
+                const float scale = bf16_float(row[r].scales[begin / span]);
                 for (int b = 0; b < B; b++) {
                     const float both = x.scales ? scale * x.scales[(first_x + b) * x.groups + begin / span] : scale;
                     for (int c = 0; c < CHAINS; c++) {
-                        totals[r][b] = fma(K::total(sums[r][b][c]), splat(both), totals[r][b]);
+                        Vector part;
+                        if constexpr (K::SUMMED) part = K::total(sums[r][b][c], row[r].sums[begin / span]);
+                        else part = K::total(sums[r][b][c]);
+                        totals[r][b] = fma(part, splat(both), totals[r][b]);
                         sums[r][b][c] = K::none();
                     }
                 }
@@ -105,12 +122,24 @@ inline void product_rows(const Call &call, const Layout &x, int64_t first_x, con
     }
     for (int r = 0; r < R; r++) {
         for (int b = 0; b < B; b++) {
-            if (first_x + b >= call.rows) break;  // x was filled up to B rows
-            if (!K::SCALED)
+            if constexpr (!K::SCALED)
                 for (int c = 0; c < CHAINS; c++) totals[r][b] = fma(K::total(sums[r][b][c]), splat(1), totals[r][b]);
-            float y = sum(totals[r][b]);
-            if (call.bias) y += read_float(call.bias, call.bias_type, row[r]);
-            const int64_t at = (first_x + b) * w.out + row[r];
+            y[r][b] = sum(totals[r][b]);
+        }
+    }
+}
+
+template <class K, int R, int B>
+inline void product_rows(const Call &call, const Layout &x, int64_t first_x, const int64_t (&row)[R]) {
+    Row<K> rows[R];
+    for (int r = 0; r < R; r++) rows[r] = row_of<K>(call.weight, row[r]);
+    float found[R][B];
+    dot_rows<K, R, B>(rows, call.weight.in, x, first_x, found);
+    for (int r = 0; r < R; r++) {
+        for (int b = 0; b < B; b++) {
+            if (first_x + b >= call.rows) break;  // x was filled up to B rows
+            const float y = found[r][b] + (call.bias ? read_float(call.bias, call.bias_type, row[r]) : 0);
+            const int64_t at = (first_x + b) * call.weight.out + row[r];
             if (call.x_type == F32) ((float *)call.y)[at] = y;
             else ((uint16_t *)call.y)[at] = float_bf16(y);
         }
@@ -211,29 +240,61 @@ int expand(const Matrix &weight, int64_t first, int64_t rows, void *tile, int64_
     return 0;
 }
 
-// The opponent in benchmarks: a dense bf16 weight [out, in], `in` a multiple of 128, and one row of x; y in float.
+// y[r] = rows of a dense weight, `width` entries from row to row, a multiple of 64, times x, zero behind the last column.
+template <class K, int R>
+inline void dense_rows(const typename K::Value *const (&row)[R], const typename K::Input *x, int64_t width, float (&y)[R]) {
+    constexpr int CHAINS = 4;
+    typename K::Sum sums[R][CHAINS];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < CHAINS; c++) sums[r][c] = K::none();
+    for (int64_t j = 0; j < width; j += 64) {
+        UNROLL(8)
+        for (int k = 0; k < 64 / K::STEP; k++) {
+            const typename K::Inputs in = K::load(x + j + k * K::STEP);
+            UNROLL(2)
+            for (int r = 0; r < R; r++) K::add(sums[r][k % CHAINS], K::all(row[r] + j + k * K::STEP), in);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        Vector total = zero();
+        for (int c = 0; c < CHAINS; c++) total = fma(K::total(sums[r][c]), splat(1), total);
+        y[r] = sum(total);
+    }
+}
+
+// The opponent in benchmarks: a dense bf16 weight [out, in], `in` a multiple of 64, and one row of x; y in float. Two rows
+// at a time, half the matrix apart, as the packed ones are read.
 struct Dense {
     const uint16_t *weight;
     const void *x;
     float *y;
-    int64_t in;
+    int64_t out, in;
 };
 
 template <class K>
 void dense_range(void *context, int64_t begin, int64_t end) {
     const Dense &d = *(const Dense *)context;
     const typename K::Input *x = (const typename K::Input *)d.x;
-    for (int64_t row = begin; row < end; row++) {
-        const uint16_t *w = d.weight + row * d.in;
-        typename K::Sum sums[4] = {K::none(), K::none(), K::none(), K::none()};
-        for (int64_t j = 0; j < d.in; j += 4 * K::STEP)
-UNROLL(4)
-            for (int k = 0; k < 4; k++)
-                K::add(sums[k], K::all(w + j + k * K::STEP), K::load(x + j + k * K::STEP));
-        Vector total = zero();
-        for (int k = 0; k < 4; k++) total = fma(K::total(sums[k]), splat(1), total);
-        d.y[row] = sum(total);
+    const int64_t half = d.out / 2;
+    for (int64_t i = begin; i < end; i++) {
+        if (i < half) {
+            float y[2];
+            dense_rows<K, 2>({d.weight + i * d.in, d.weight + (half + i) * d.in}, x, d.in, y);
+            d.y[i] = y[0], d.y[half + i] = y[1];
+        } else {
+            float y[1];
+            dense_rows<K, 1>({d.weight + 2 * half * d.in}, x, d.in, y);
+            d.y[2 * half] = y[0];
+        }
     }
+}
+
+template <class K>
+int dense(const uint16_t *weight, const void *x, float *y, int64_t out, int64_t in, int32_t threads) {
+    Dense d = {weight, x, y, out, in};
+    const int64_t pairs = (out + 1) / 2;
+    losa_parallel(pairs, piece(pairs, threads), threads, dense_range<K>, &d);
+    return 0;
 }
 
 }  // namespace
@@ -261,7 +322,5 @@ UNROLL(4)
     }                                                                                                                   \
     extern "C" int losa_dense_##name(const uint16_t *weight, const void *x, float *y, int64_t out, int64_t in,          \
                                      int32_t threads) {                                                                 \
-        Dense dense = {weight, x, y, in};                                                                               \
-        losa_parallel(out, 64, threads, dense_range<KindBF16>, &dense);                                                 \
-        return 0;                                                                                                       \
+        return dense<KindBF16>(weight, x, y, out, in, threads);                                                         \
     }

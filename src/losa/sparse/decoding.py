@@ -1,0 +1,232 @@
+"""Decoding in native code: one token of one text through a whole model, without Python or torch between its layers.
+
+`attach` puts a Decoding in the place of a model's `forward`. It takes the calls that `generate` makes for each new token
+of one text; all others (prompts, batches, training, whatever it does not know) go to the model's own forward, and so do
+all calls of a model that it refuses, which it says in a warning. Keys and values stay in the model's own cache.
+"""
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losa.errors import LosaError
+from losa.sparse.cache import Store
+from losa.sparse.linear import PackedLinear
+from losa.sparse.steps import Attention, Table, kernel_of
+
+KNOWN = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FLOATS = (torch.float32, torch.bfloat16)
+SWITCH = "LOSA_DECODING"  # "ordinary" leaves every model its own forward
+TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+log = logging.getLogger("losa.sparse")
+_told: set[str] = set()
+
+
+def attach(whole: Any) -> None:
+    """Let a causal language model decode in native code from now on; twice is once."""
+    if not isinstance(vars(whole).get("forward"), Decoding) and hasattr(whole, "generate"):
+        whole.forward = Decoding(whole)
+
+
+def refusal(whole: Any) -> str | None:
+    """Why a model cannot be decoded in native code; None if it can."""
+    try:
+        _heads(whole)
+        kernel_of(whole)
+    except LosaError as error:
+        return str(error)
+    return None
+
+
+class Decoding:
+    """A model's forward: native for one more token of one text, the model's own for everything else.
+
+    It belongs to one model, holds it weakly, and is copied and pickled with it, without what it has built.
+    """
+
+    def __init__(self, whole: Any) -> None:
+        self.__setstate__({"whole": whole})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._whole = weakref.ref(state["whole"])
+        self._lock = threading.Lock()
+        self._seen: list[Any] = []  # of the model, when it was last looked at
+        self._table: Table | None = None
+        self._stores: weakref.WeakKeyDictionary[Any, Store] = weakref.WeakKeyDictionary()
+        self._turns = torch.empty(2, 0, 0)  # cosines and sines, [2, positions, dim]
+        self.tokens = 0  # so many went through native code
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"whole": self._whole()}
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The model's own forward, which tells `inspect` the signature, too."""
+        whole: Any = self._whole()
+        return MethodType(type(whole).forward, whole)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if not torch.compiler.is_compiling() and not args:
+            with self._lock:
+                if (found := self._decoded(options)) is not None:
+                    return found
+        return self.__wrapped__(*args, **options)
+
+    def _decoded(self, options: dict[str, Any]) -> Any:
+        """The model's output, or None where the model's own forward must make it."""
+        whole: Any = self._whole()
+        ids, cache = options.get("input_ids"), options.get("past_key_values")
+        if not isinstance(ids, Tensor) or ids.shape != (1, 1) or ids.device.type != "cpu" or cache is None:
+            return None
+        if whole.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        if os.environ.get(SWITCH) == "ordinary" or not _plain(whole.config, options):
+            return None
+        if (table := self._look(whole)) is None:
+            return None
+        store = self._stores.get(cache)
+        if store is None or not store.holds(cache):
+            store = Store.of(cache, table.heads, table.dtype)
+            if store is None:
+                return None
+            self._stores[cache] = store
+        length, token = store.length, int(ids)
+        mask, position = _mask(options.get("attention_mask"), length), _position(options.get("position_ids"), length)
+        if mask is False or position is None or not 0 <= token < len(whole.model.embed_tokens.weight):
+            return None
+        plan = table.plan
+        cosines, sines = self._turned(whole, position)
+        store.make_room()
+        plan.token, plan.slot = token, length
+        plan.cosines, plan.sines = cosines.data_ptr(), sines.data_ptr()
+        plan.visible = None if mask is None else mask.data_ptr()
+        plan.keys, plan.values, plan.scores = store.keys.data_ptr(), store.values.data_ptr(), store.scores.data_ptr()
+        plan.layer_size, plan.capacity = store.keys[0].numel(), store.capacity
+        logits = table.run().to(table.dtype, copy=True).view(1, 1, -1)
+        store.show(cache)
+        self.tokens += 1
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+
+    def _look(self, whole: Any) -> Table | None:
+        """The table of the model as it is now: made again if anything of it has changed; None if it is refused."""
+        seen = _seen(whole)
+        if seen != self._seen:
+            self._table = None
+            try:
+                heads = _heads(whole)
+                kernel_of(whole)
+                self._table = Table(whole, heads)
+            except LosaError as error:
+                _warn(f"{type(whole).__name__} is decoded by its own, slower forward: {error}")
+            self._seen = _seen(whole)  # building has moved its weights
+        return self._table
+
+    def _turned(self, whole: Any, position: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a position, float32 [dim]."""
+        if self._turns.shape[1] <= position:
+            positions = torch.arange(max(256, 2 * position))[None]
+            self._turns = torch.cat(whole.model.rotary_emb(torch.empty(1, dtype=torch.float32), positions))
+        return self._turns[0, position], self._turns[1, position]
+
+
+def _warn(line: str) -> None:
+    if line not in _told:
+        _told.add(line)
+        log.warning(line)
+
+
+def _plain(config: Any, options: dict[str, Any]) -> bool:
+    """Whether logits of the token and the cache are all that is asked for."""
+    asked = {name for name, value in options.items() if name not in TAKEN and value is not None and value is not False}
+    keep, use, told = options.get("logits_to_keep"), options.get("use_cache"), options.get("return_dict")
+    return (
+        not asked
+        and (keep is None or (type(keep) is int and keep in (0, 1)))
+        and (config.use_cache if use is None else use) is True
+        and told is not False
+        and config.return_dict
+        and not config.output_hidden_states
+        and not config.output_attentions
+    )
+
+
+def _mask(mask: Any, length: int) -> Tensor | None | bool:
+    """uint8 [length + 1], or None where all is seen; False for what is no such mask."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.shape != (1, length + 1) or mask.is_floating_point():
+        return False
+    seen = mask[0] != 0
+    if bool(seen.all()):
+        return None
+    return seen.to(torch.uint8) if bool(seen[-1]) else False
+
+
+def _position(positions: Any, length: int) -> int | None:
+    if positions is None:
+        return length
+    if not isinstance(positions, Tensor) or positions.shape != (1, 1):
+        return None
+    position = int(positions)
+    return position if position >= 0 else None
+
+
+def _seen(whole: Any) -> list[Any]:
+    """What a table depends on: modules, hooks, and the places and versions of their weights."""
+    seen: list[Any] = [whole.training, whole.dtype, os.environ.get("LOSA_KERNEL")]
+    for module in whole.modules():
+        if module is not whole:
+            seen += module._modules.values()
+            seen.append(bool(module._forward_hooks or module._forward_pre_hooks))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                seen.append((parameter.data_ptr(), parameter.dtype, parameter._version, parameter.shape))
+    return seen
+
+
+def _heads(whole: Any) -> list[Attention]:
+    """The heads of each block of a model that can be decoded. Raises LosaError, with the first reason why one cannot."""
+    kind = type(whole)
+    if kind.__name__ not in KNOWN or not kind.__module__.startswith("transformers.models."):
+        raise LosaError(f"{kind.__name__} is none of {', '.join(KNOWN)}")
+    if any(p.is_inference() or p.device.type != "cpu" for p in whole.parameters()):
+        raise LosaError("its weights are not on the CPU, or were made in inference mode")
+    if whole.dtype not in FLOATS:
+        raise LosaError(f"it computes in {whole.dtype}, not in float32 or bfloat16")
+    config, base = whole.config, whole.model
+    if (rope := base.rotary_emb.rope_type) in ("dynamic", "longrope"):
+        raise LosaError(f"its rotary embedding {rope!r} changes with the length of the text")
+    for name, module in whole.named_modules():
+        if module is not whole and (module._forward_hooks or module._forward_pre_hooks):
+            raise LosaError(f"{name} has hooks")
+        if type(module) is nn.Linear and module.weight.dtype not in FLOATS:
+            raise LosaError(f"{name} has weights of {module.weight.dtype}")
+    found = []
+    for index, layer in enumerate(base.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+            linear = getattr(attention if hasattr(attention, name) else mlp, name, None)
+            if type(linear) not in (nn.Linear, PackedLinear):
+                raise LosaError(f"{name} of block {index} is a {type(linear).__name__}")
+        if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):  # torch's or transformers'
+            raise LosaError(f"block {index} has {type(mlp.act_fn).__name__} between its products, not SiLU")
+        window = getattr(attention, "sliding_window", None)
+        if kind.__name__ == "MistralForCausalLM":
+            window = config.sliding_window
+        dim = attention.head_dim
+        heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
+        if dim % 2 or heads % kv_heads or window == 1:
+            raise LosaError(f"block {index} has {heads} heads for {kv_heads} of {dim}, and a window of {window}")
+        found.append(Attention(heads, kv_heads, dim, window or 0))
+    if type(whole.lm_head) not in (nn.Linear, PackedLinear):
+        raise LosaError(f"its head is a {type(whole.lm_head).__name__}")
+    return found

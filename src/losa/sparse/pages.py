@@ -1,0 +1,34 @@
+"""Weights in huge pages, where the system has them: a product reads gigabytes a token, and looks up each page it reads."""
+
+import contextlib
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+HUGE = 2**21
+LINE = 64
+
+
+class Pages:
+    """Memory for tensors of known sizes, one behind the other, each at the beginning of a cache line.
+
+    It is given back once the last tensor in it is gone, and taken from the system only as it is written to.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """sizes: bytes of all the tensors that will be put here."""
+        total = sum(-(-size // LINE) * LINE for size in sizes)
+        self._map = mmap.mmap(-1, total + HUGE)
+        with contextlib.suppress(AttributeError, OSError):  # a system without them has ordinary pages
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._next = -torch.frombuffer(self._map, dtype=torch.uint8).data_ptr() % HUGE
+
+    def put(self, tensor: Tensor, columns: int | None = None) -> Tensor:
+        """A copy of a tensor, with a storage of its own. columns: so many in each row of a matrix, zeros behind its own."""
+        shape = tensor.shape if columns is None else torch.Size([len(tensor), columns])
+        piece = torch.frombuffer(self._map, dtype=tensor.dtype, count=shape.numel(), offset=self._next).view(shape)
+        self._next += -(-piece.nbytes // LINE) * LINE
+        (piece if columns is None else piece[:, : tensor.shape[1]]).copy_(tensor)
+        return piece
