@@ -82,7 +82,7 @@ def said_in_source() -> list[re.Pattern[str]]:
 
 def test_messages_are_those_of_the_code() -> None:
     known = said_in_source()
-    quoted = [text for kind, text, _ in blocks("docs/troubleshooting.md") if kind == "text"]
+    quoted = [block.text for block in blocks("docs/troubleshooting.md") if block.kind == "text"]
     assert len(quoted) > 10
     for message in quoted:
         bare = " ".join(message.removeprefix("losa: ").split())
