@@ -38,7 +38,9 @@ class Settings(Directive):
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
             kind = "|".join(map(str, get_args(field.type))) if get_origin(field.type) else field.type.__name__
             flag = nodes.literal(text=f"--{field.name.replace('_', '-')}")
-            term = nodes.term("", "", flag, nodes.Text(f"  {kind}, {'' if default is None else repr(default)}".rstrip(", ")))
+            term = nodes.term(
+                "", "", flag, nodes.Text(f"  {kind}, {'' if default is None else repr(default)}".rstrip(", "))
+            )
             meaning = nodes.definition("", nodes.paragraph(text=field.metadata["doc"]))
             rows += nodes.definition_list_item("", term, meaning)
         return [rows]

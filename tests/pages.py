@@ -20,7 +20,9 @@ from losa.sparse import kernels
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"`([\w-]+\.(?:json|py))`[^`\n]*:\n+\Z")  # what ends so is followed by the file itself
 
@@ -145,7 +147,9 @@ class Reader:
         for block, after in zip(found, [*found[1:], None], strict=True):
             where = f"{self.page}, line {block.line}"
             if block.kind == "sh":
-                refusal = after.text.strip() if after and after.kind == "text" and after.text.startswith("losa: ") else None
+                refusal = (
+                    after.text.strip() if after and after.kind == "text" and after.text.startswith("losa: ") else None
+                )
                 lines = commands(block.text)
                 for number, line in enumerate(lines, 1):
                     self.run(line, refusal if number == len(lines) else None)

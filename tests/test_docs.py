@@ -87,4 +87,3 @@ def test_messages_are_those_of_the_code() -> None:
     for message in quoted:
         bare = " ".join(message.removeprefix("losa: ").split())
         assert any(pattern.fullmatch(bare) for pattern in known), message
-
