@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format fuzz package clean
+.PHONY: demo test lint format docs fuzz package clean
 
 demo: .venv/ready
 	$(BIN)/losa demo --output losa-demo --overwrite
@@ -18,6 +18,10 @@ lint: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The documentation in docs/_build/html; a link that leads nowhere, or a public name without a docstring, is an error.
+docs: .venv/ready
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -b html docs docs/_build/html
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, the AVX-512 ones with their instructions in plain C++.
 CSRC := src/losa/sparse/csrc
@@ -44,4 +48,4 @@ package: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv losa-demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv losa-demo build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,8 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from losa.errors import LosaError
@@ -40,7 +41,12 @@ KERNELS = {  # in order of preference
     "portable": "losa.sparse.cpu:Portable",
     "reference": "losa.sparse.reference:Reference",
 }
-KINDS = {"pruner": PRUNERS | STRUCTURED, "allocator": ALLOCATORS, "recovery": RECOVERIES, "kernel": KERNELS}
+KINDS: dict[str, Mapping[str, str]] = {
+    "pruner": ChainMap(PRUNERS, STRUCTURED),
+    "allocator": ALLOCATORS,
+    "recovery": RECOVERIES,
+    "kernel": KERNELS,
+}
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> LosaError:

@@ -97,7 +97,7 @@ def pack(weight: Tensor, mask: Tensor, values: torch.dtype | None = None) -> Pac
     """Pack the weights that `mask` keeps, bit for bit, or rounded if `values` is another type than the weight's.
 
     weight [out, in] of a float type, mask bool [out, in], True keeps. values: one of DTYPES, None for the weight's.
-    int8 is q = round(w / scale), one scale a GROUP of columns, the least bfloat16 for which |q| <= 127 (0 where all
+    int8 is q = round(w / scale), one scale a GROUP of columns, the least bfloat16 for which abs(q) <= 127 (0 where all
     weights are). Raises LosaError for other types, for 2^31 kept values, and for int8 of NaN or infinity.
     """
     values = weight.dtype if values is None else values

@@ -1,0 +1,71 @@
+"""How Sphinx builds the documentation: Markdown through MyST, docstrings through autodoc; `make docs` makes warnings errors."""
+
+import dataclasses
+import inspect
+from importlib.metadata import version as installed
+from typing import Any, get_args, get_origin
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.utils.math import latex2mathml
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+import losa
+
+project, author = "losa", "the losa authors"
+version = release = losa.__version__
+html_title = f"losa {version}"
+html_theme = "furo"
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3  # [text](page.md#heading), as on GitHub
+html_math_renderer = "mathml"  # pages need no network
+default_role = "code"  # `name` in docstrings
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+log = logging.getLogger(__name__)
+
+
+class Settings(Directive):
+    """Every setting of the recipe, from its own documentation."""
+
+    def run(self) -> list[nodes.Node]:
+        rows = nodes.definition_list()
+        for field in dataclasses.fields(losa.Recipe):
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+            kind = "|".join(map(str, get_args(field.type))) if get_origin(field.type) else field.type.__name__
+            flag = nodes.literal(text=f"--{field.name.replace('_', '-')}")
+            term = nodes.term(
+                "", "", flag, nodes.Text(f"  {kind}, {'' if default is None else repr(default)}".rstrip(", "))
+            )
+            meaning = nodes.definition("", nodes.paragraph(text=field.metadata["doc"]))
+            rows += nodes.definition_list_item("", term, meaning)
+        return [rows]
+
+
+def math_inline(translator: Any, node: nodes.math) -> None:
+    """A formula in the text, as MathML: browsers show it without any script."""
+    translator.body.append(latex2mathml.tex2mathml(node.astext(), as_block=False))
+    raise nodes.SkipNode
+
+
+def math_block(translator: Any, node: nodes.math_block) -> None:
+    """A formula on lines of its own."""
+    translator.body.append(f'<div class="math">{latex2mathml.tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
+def demand_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """A public name without a docstring is a warning, and so an error."""
+    if what in ("module", "class", "function", "method", "property") and not any(lines) and not inspect.isbuiltin(obj):
+        log.warning("%s has no docstring", name)
+
+
+def setup(app: Sphinx) -> None:
+    """What is ours beside the extensions."""
+    app.add_directive("settings", Settings)
+    app.add_html_math_renderer("mathml", (math_inline, None), (math_block, None))
+    app.connect("autodoc-process-docstring", demand_docstring)

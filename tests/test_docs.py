@@ -1,0 +1,89 @@
+"""README and docs say what is so: what they show runs, what they name is there, what they quote is said."""
+
+import ast
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from pages import DOCS, PAGES, ROOT, Reader, blocks, fill
+
+from losa import cli
+
+INLINE = [(page, found) for page, text in PAGES.items() for found in re.findall(r"`(losa \w+ [^`]+)`", text)]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    folder = tmp_path_factory.mktemp("filled")
+    fill(folder, text)
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_what_a_page_shows_runs(
+    page: str, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "page"
+    shutil.copytree(filled, folder, symlinks=True)
+    Reader(page, folder, monkeypatch, capsys).read()
+
+
+@pytest.mark.parametrize(("page", "command"), [(p, c) for p, c in INLINE if "..." not in c])
+def test_commands_in_the_text_are_understood(page: str, command: str) -> None:
+    """Every flag is one; values are not tried here."""
+    cli.build_parser().parse_args(shlex.split(command)[1:])
+
+
+def test_flags_are_there() -> None:
+    parser = cli.build_parser()
+    (commands,) = [action for action in parser._actions if hasattr(action, "choices") and action.choices]
+    assert isinstance(commands.choices, dict)
+    known = {flag for sub in commands.choices.values() for action in sub._actions for flag in action.option_strings}
+    known |= {"--nproc-per-node", "--version"}
+    for page, text in PAGES.items():
+        if page != "docs/log.md":  # tells of benchmarks, which have flags of their own
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", re.sub(r"<!--.*?-->", "", text)):
+                assert flag in known, f"{page}: {flag}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page, text in PAGES.items():
+        for place in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+            if not place.startswith("https://"):
+                path, _, anchor = place.partition("#")
+                file = (ROOT / page).parent / path if path else ROOT / page
+                assert file.exists(), f"{page}: {place}"
+                heads = {slug(head) for head in re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)}
+                assert not anchor or anchor in heads, f"{page}: {place}"
+
+
+def slug(head: str) -> str:
+    """A heading's anchor, as GitHub and MyST make it."""
+    return re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
+
+
+def said_in_source() -> list[re.Pattern[str]]:
+    """Every text of some length in losa's source, with room for what is put into it."""
+    found = []
+    for path in (ROOT / "src" / "losa").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [re.escape(v.value) if isinstance(v, ast.Constant) else ".*" for v in node.values]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts = [re.escape(node.value).replace("%s", ".*")]
+            else:
+                continue
+            if len("".join(parts).replace(".*", "")) > 12:
+                found.append(re.compile("".join(parts), re.DOTALL))
+    return found
+
+
+def test_messages_are_those_of_the_code() -> None:
+    known = said_in_source()
+    quoted = [block.text for block in blocks("docs/troubleshooting.md") if block.kind == "text"]
+    assert len(quoted) > 10
+    for message in quoted:
+        bare = " ".join(message.removeprefix("losa: ").split())
+        assert any(pattern.fullmatch(bare) for pattern in known), message

@@ -1,0 +1,42 @@
+"""The documentation is built, and mistakes in it are errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sphinx", reason="pip install '.[docs]'")
+pytest.importorskip("furo", reason="pip install '.[docs]'")
+pytest.importorskip("myst_parser", reason="pip install '.[docs]'")
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def build(source: Path, output: Path) -> "subprocess.CompletedProcess[str]":
+    """As `make docs` does."""
+    flags = ["--fail-on-warning", "--keep-going", "--fresh-env", "--quiet", "-b", "html", "-c", str(DOCS)]
+    command = [sys.executable, "-m", "sphinx", *flags, "-d", str(output / "doctrees"), str(source), str(output)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_documentation_is_built(tmp_path: Path) -> None:
+    done = build(DOCS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "api.html").read_text()
+    assert 'id="losa.compress"' in reference and "Prune <code" in reference
+    assert "--sequence-length" in (tmp_path / "settings.html").read_text()
+    formulas = (tmp_path / "method.html").read_text()
+    assert formulas.count("<math") > 20 and "cdn" not in formulas  # no page needs the network
+    for page in DOCS.glob("*.md"):
+        assert f'href="{page.stem}.html"' in (tmp_path / "index.html").read_text() or page.stem == "index", page
+
+
+def test_mistakes_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "index.md").write_text(
+        "# A page\n\n[nowhere](nowhere.md) [no heading](#none)\n\n"
+        "```{eval-rst}\n.. autofunction:: losa.cli.build_parser\n```\n\n$\\nonsense{1}$\n"
+    )
+    done = build(tmp_path, tmp_path / "out")
+    assert done.returncode != 0
+    for mistake in ("nowhere.md", "'none'", "losa.cli.build_parser has no docstring", "nonsense"):
+        assert mistake in done.stderr, done.stderr
