@@ -228,28 +228,13 @@ class Ours:
         units = evidence.units_of(self._subject.blocks, "block")
         floors, allocator = [0.0] * len(units), self._recipe.build("allocator")
         clock = Clock()
-        seen = evidence.gather(
-            self._subject,
-            self._recipe,
-            allocator,
-            2,
-            units,
-            floors,
-            self._inputs.calibration[:RMI_SAMPLES],
-            self._run,
-        )
+        read = self._inputs.calibration[:RMI_SAMPLES]
+        seen = evidence.gather(self._subject, self._recipe, allocator, 2, units, floors, read, self._run)
         known = Evidence(self._recipe.sparsity_at(1), [unit.weights for unit in units], floors, seen)
         chosen = allocator.rates(known)
         found: dict[str, Any] = {"rates": clock.lap()}
-        errors, _ = self._pipeline.prune(
-            self._subject,
-            self._recipe,
-            1,
-            dict(zip(names, rates or chosen, strict=True)),
-            self._inputs,
-            self._dense,
-            self._run,
-        )
+        by_name = dict(zip(names, rates or chosen, strict=True))
+        errors, _ = self._pipeline.prune(self._subject, self._recipe, 1, by_name, self._inputs, self._dense, self._run)
         return found | {"pruning": clock.lap(), "errors": errors}
 
     def recovery(self, sequences: int) -> dict[str, Any]:
@@ -266,7 +251,7 @@ class Ours:
         return {"recovery": clock.lap(), "loss": loss.item() / (MICRO * (self._length - 1))}
 
 
-def anonymous(peak: bool = False) -> int:
+def anonymous() -> int:
     """Bytes of this process that no file stands behind."""
     line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024

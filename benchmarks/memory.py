@@ -139,16 +139,16 @@ def report(
 
 
 def exponents(scratch: Path, pruner: str) -> None:
-    """What time and memory grow with: each quantity doubled twice, from 4 layers of 1024 and 4096 calibration tokens."""
+    """What time and memory grow with: each quantity doubled twice, from 2 layers of 1024 (width: of 512) and 2048 tokens."""
 
-    def took(layers: int = 4, hidden: int = 1024, samples: int = 32) -> dict[str, Any]:
+    def took(layers: int = 2, hidden: int = 1024, samples: int = 16) -> dict[str, Any]:
         settings = {"pruner": pruner, "calibration-samples": samples}
         return report(scratch, shape(hidden, layers), settings, SPILLED)
 
     series: dict[str, Callable[[int], dict[str, Any]]] = {
-        "layers": lambda times: took(layers=4 * times),
+        "layers": lambda times: took(layers=2 * times),
         "width": lambda times: took(hidden=512 * times),
-        "tokens": lambda times: took(samples=32 * times),
+        "tokens": lambda times: took(samples=16 * times),
     }
     for what, measured in series.items():
         found = [measured(times) for times in (1, 2, 4)]
