@@ -1,16 +1,19 @@
 """Peak memory of one-shot pruning from disk: foretold and measured, by number of layers and by size; and under a hard limit.
 
     python benchmarks/memory.py growth                   # 4, 8, 16 and 32 layers of one width
-    python benchmarks/memory.py foretold                 # widths, pruners, types, ways of keeping model and activations
+    python benchmarks/memory.py foretold                 # widths, pruners, from disk and in memory
+    python benchmarks/memory.py exponents                # layers, width and calibration tokens, each doubled twice
     python benchmarks/memory.py large --memory 8GB       # 40 layers of a 13B Llama's shape, 26 GB, RLIMIT_DATA set
 
 Models are random, written shard by shard into --scratch (a temporary folder), and taken away again. Each run is a process
 of its own, `losa compress`, whose anonymous memory (RssAnon of /proc: what no file stands behind) is read every 5 ms.
+Processor seconds are those of all of it, starting included.
 RLIMIT_DATA bounds what it maps, private and writable, anonymous or not: more than it uses. One line of JSON a run.
 """
 
 import argparse
 import json
+import math
 import resource
 import shutil
 import subprocess
@@ -26,7 +29,8 @@ import transformers
 from safetensors.torch import save_file
 
 from losa import memory, model
-from losa.recipe import Recipe, parse_size
+from losa.inspection import plan
+from losa.recipe import Recipe, from_settings, parse_size
 
 IN_MEMORY, SPILLED = 0, 3  # of `memory.ways`: all in memory; model and activations on disk
 DEMO = model.locate("demo")
@@ -74,13 +78,13 @@ def run(source: Path, settings: dict[str, Any], limit: float = 0) -> dict[str, A
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     output = source.parent / "out"
     command = [sys.executable, "-m", "losa", "compress", str(source), "--output", str(output), *flags, "--json"]
-    planned = json.loads(subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True).stdout)
+    planned = plan(str(source), recipe_of(settings))  # what --dry-run shows
 
     def bounded() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
 
     before: Callable[[], None] | None = bounded if limit else None
-    began, peak = time.monotonic(), 0
+    began, used, peak = time.monotonic(), of_children(), 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=before)
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
@@ -92,7 +96,7 @@ def run(source: Path, settings: dict[str, Any], limit: float = 0) -> dict[str, A
     assert process.stdout is not None
     found = json.loads(process.stdout.read())
     shutil.rmtree(output)
-    places = {name: planned[name] for name in ("from_disk", "spill")}
+    places = {name: planned[name] for name in ("model_on_disk", "activations_on_disk")}
     return {
         **places,
         "parameters": planned["parameters"],
@@ -100,27 +104,64 @@ def run(source: Path, settings: dict[str, Any], limit: float = 0) -> dict[str, A
         "peak": peak,
         "ratio": round(planned["memory"] / peak, 3),
         "seconds": round(time.monotonic() - began, 1),
+        "processor": round(of_children() - used, 1),
         "sparsity": found["measurements"]["sparse"]["sparsity"],
     }
 
 
+def recipe_of(settings: dict[str, Any]) -> Recipe:
+    return from_settings({name.replace("-", "_"): value for name, value in settings.items()})
+
+
+def of_children() -> float:
+    """Processor seconds of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def report(
     scratch: Path, shape: dict[str, Any], settings: dict[str, Any], way: int | None = None, limit: str = ""
-) -> None:
-    """Build, run with just the memory that this of `memory.ways` takes, print, take away."""
+) -> dict[str, Any]:
+    """Build, run with just the memory that this of `memory.ways` takes, print and return what it took, take away."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
     settings = ONE_SHOT | settings
     try:
         source = build(folder / "model", **shape)
         if way is not None:
             config = model.load_config(str(source))
-            recipe = Recipe(**{name.replace("-", "_"): value for name, value in settings.items()})
-            takes = memory.ways(model.skeleton(config), config, recipe)[way].memory
+            takes = memory.ways(model.skeleton(config), config, recipe_of(settings))[way].memory
             settings |= {"memory": f"{int(takes) + 1}B"}
         found = run(source, settings, parse_size("limit", limit) if limit else 0)
         print(json.dumps({"benchmark": "memory", **shape, **settings, "limit": limit, **found}), flush=True)
+        return found
     finally:
         shutil.rmtree(folder)
+
+
+def exponents(scratch: Path, pruner: str) -> None:
+    """What time and memory grow with: each quantity doubled twice, from 2 layers of 1024 (width: of 512) and 2048 tokens."""
+
+    def took(layers: int = 2, hidden: int = 1024, samples: int = 16) -> dict[str, Any]:
+        settings = {"pruner": pruner, "calibration-samples": samples}
+        return report(scratch, shape(hidden, layers), settings, SPILLED)
+
+    series: dict[str, Callable[[int], dict[str, Any]]] = {
+        "layers": lambda times: took(layers=2 * times),
+        "width": lambda times: took(hidden=512 * times),
+        "tokens": lambda times: took(samples=16 * times),
+    }
+    for what, measured in series.items():
+        found = [measured(times) for times in (1, 2, 4)]
+        of = {name: exponent([one[name] for one in found]) for name in ("processor", "peak")}
+        print(json.dumps({"benchmark": "exponents", "pruner": pruner, "doubled": what, **of}), flush=True)
+
+
+def exponent(values: list[float]) -> float | None:
+    """p of c + a x^p, given its values at x, 2 x and 4 x, whatever c is; None if all are within 5%: nothing grows."""
+    first, second, third = values
+    if max(values) < 1.05 * min(values):
+        return None
+    return round(math.log2((third - second) / (second - first)), 2) if third > second > first else math.nan
 
 
 def shape(hidden: int, layers: int, dtype: str = "bfloat16", vocabulary: int = 4096) -> dict[str, Any]:
@@ -139,22 +180,30 @@ def shape(hidden: int, layers: int, dtype: str = "bfloat16", vocabulary: int = 4
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("growth", "foretold", "large"))
-    parser.add_argument("--hidden", type=int, default=2048, help="of growth")
+    parser.add_argument("what", choices=("growth", "exponents", "foretold", "large"))
+    parser.add_argument("--hidden", type=int, nargs="+", help="widths: of growth 2048, of foretold 512 to 3072")
+    parser.add_argument("--pruner", nargs="+", default=["wanda", "sparsegpt"], help="of foretold and exponents")
+    parser.add_argument("--samples", type=int, default=16, help="of foretold: sequences of 128 tokens")
+    parser.add_argument("--dtype", default="auto", help="of foretold: what is computed in")
     parser.add_argument("--memory", default="8GB", help="of large: the limit, hard")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     if args.what == "growth":
-        for layers in (4, 8, 16, 32):
-            report(args.scratch, shape(args.hidden, layers), {"pruner": "wanda"}, SPILLED)
+        for hidden in args.hidden or [2048]:
+            for layers in (4, 8, 16, 32):
+                report(args.scratch, shape(hidden, layers), {"pruner": "wanda"}, SPILLED)
+    if args.what == "exponents":
+        for pruner in args.pruner:
+            exponents(args.scratch, pruner)
     if args.what == "large":
         large = {"hidden": 5120, "mlp": 13824, "layers": 40, "heads": 40, "vocabulary": 32000, "dtype": "bfloat16"}
         report(args.scratch, large, {"pruner": "wanda", "memory": args.memory}, limit=args.memory)
     if args.what == "foretold":
-        for hidden in (1024, 2048, 3072):
-            for pruner in ("magnitude", "wanda", "sparsegpt"):
+        for hidden in args.hidden or (512, 1024, 2048, 3072):
+            for pruner in args.pruner:
                 for way in (SPILLED, IN_MEMORY):
-                    report(args.scratch, shape(hidden, 4), {"pruner": pruner, "calibration-samples": 16}, way)
+                    settings = {"pruner": pruner, "calibration-samples": args.samples, "dtype": args.dtype}
+                    report(args.scratch, shape(hidden, 2), settings, way)
 
 
 if __name__ == "__main__":

@@ -136,3 +136,30 @@ def test_observing_on_the_way_is_observing_then_moving_on() -> None:
         for name in block.linears:
             assert torch.equal(torch.cat(seen[0][name].seen), torch.cat(seen[1][name].seen))
             assert seen[0][name].sequences == seen[1][name].sequences == len(TOKENS)
+
+
+def observed(kind: str, part: str, advance: bool = False) -> dict[str, int]:
+    """How often each linear of the first block is multiplied by, while those with `part` in their names are observed."""
+    experts.split(model := tiny(kind))
+    block, *_ = blocks = find_blocks(model)
+    stream = Stream(model, blocks, TOKENS, torch.device("cpu"))
+    runs = dict.fromkeys(block.linears, 0)
+    for name, linear in block.linears.items():
+        linear.register_forward_hook(lambda *_, name=name: runs.__setitem__(name, runs[name] + 1))
+    stream.observe(block, {name: Inputs() for name in block.linears if part in name}, advance)
+    return {name.removeprefix(f"{block.name}."): count for name, count in runs.items()}
+
+
+def test_observing_ends_a_batch_at_the_last_linear() -> None:
+    """Once the first of three batches has shown which that is, also of some of them (true_sequential)."""
+    assert {name for name, runs in observed("llama", "").items() if runs == 1} == {"mlp.down_proj"}
+    runs = observed("llama", "self_attn")
+    assert {name: runs for name, runs in runs.items() if "v_proj" in name or "gate" in name} == {
+        "self_attn.v_proj": 3,
+        "mlp.gate_proj": 1,
+    }
+    assert set(observed("llama", "", advance=True).values()) == {3}
+
+
+def test_observing_ends_no_batch_where_tokens_are_routed() -> None:
+    assert observed("mixtral", "") == observed("mixtral", "", advance=True)

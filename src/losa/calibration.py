@@ -8,7 +8,7 @@ mapped into memory, and take none that the system could not have back.
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,8 @@ class Stream:
     def observe(self, block: Block, statistics: dict[str, Any], advance: bool = False) -> list[str]:
         """Run `block`; every linear's inputs go to its statistic: update(x [tokens, in], sequences).
 
-        The stream moves on only with `advance`.
+        The stream moves on only with `advance`; without, a batch ends where the inputs of the last linear are there: its
+        product, a fifth of a Llama's block, is of no use.
 
         Linears that are given the very same tensor (q, k, v) get the same statistic, gathered once. An expert is given
         the tokens that reach it, and counts the sequences of those batches that do: a scale, which no mask depends on.
@@ -140,6 +141,8 @@ class Stream:
         """
         sequences, last = 0, (None, "")  # type: tuple[int, tuple[Tensor | None, str]]
         shares: dict[str, str] = {}
+        calls: list[str] = []  # of the first batch
+        end = ""
 
         def hook(name: str) -> Callable[..., None]:
             def see(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -150,18 +153,23 @@ class Stream:
                     last = (x, shares[name])
                 if shares[name] == name:
                     statistics[name].update(x.reshape(-1, x.shape[-1]), sequences)
+                if name == end:
+                    raise _Captured
+                calls.append(name)
 
             return see
 
         hooks = [block.linears[name].register_forward_pre_hook(hook(name)) for name in statistics]
         try:
-            outputs = self.outputs(block)
-            for i, hidden in enumerate(self.hiddens):
-                sequences = len(hidden)
-                out = next(outputs)
-                if advance:
-                    self._replace(i, out)
-            outputs.close()
+            with torch.no_grad(), visiting(block, self.device):
+                for i, hidden in enumerate(self.hiddens):
+                    sequences = len(hidden)
+                    with suppress(_Captured):
+                        out = self.run(block, hidden.to(self.device))
+                        if advance:
+                            self._replace(i, out)
+                    if i == 0 and not advance:
+                        end = _last(calls, set(statistics), block)
         finally:
             for handle in hooks:
                 handle.remove()
@@ -263,6 +271,15 @@ def unreached(block: Block, names: list[str], ran: set[str]) -> list[str]:
     """Those of `names` that are experts which no token reached: they did not run, but one with another index did."""
     alike = {_unnumbered(name, block) for name in ran}
     return [name for name in names if name not in ran and _unnumbered(name, block) in alike]
+
+
+def _last(calls: list[str], names: set[str], block: Block) -> str:
+    """The linear behind which none of `names` runs, as the `calls` of one batch show it; "" if other batches may differ.
+
+    They may where tokens are routed to experts.
+    """
+    routed = any(_unnumbered(name, block) != name.removeprefix(block.name) for name in names)
+    return "" if routed or {*calls} != names or calls.count(calls[-1]) > 1 else calls[-1]
 
 
 def _unnumbered(name: str, block: Block) -> str:

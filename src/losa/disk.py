@@ -5,16 +5,15 @@ of the model that is away is on the meta device; buffers that no file holds (rot
 """
 
 import copy
-import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from losa import model
+from losa import heap, model
 from losa.checkpoint import files_of, open_file
 from losa.model import Block, Subject
 from losa.recipe import Recipe
@@ -84,7 +83,7 @@ class OnDisk:
         finally:
             block.module, block.linears = self._away.pop(block.name)
             self.model.set_submodule(block.name, block.module)
-            trim()
+            heap.trim()
 
     @contextmanager
     def ends(self) -> Iterator[None]:
@@ -243,12 +242,6 @@ class OnDisk:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return list(get_model_conversion_mapping(self.model))
-
-
-def trim() -> None:
-    """Give back what is free: glibc keeps freed memory in pieces, of which each block leaves more."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

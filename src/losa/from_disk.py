@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from losa import evaluate, model, pipeline, registry
+from losa import evaluate, heap, model, pipeline, registry
 from losa.calibration import Stream
 from losa.inputs import Inputs, allocation_samples, fingerprint
 from losa.model import Block, Subject
@@ -23,6 +23,7 @@ from losa.run import Run
 from losa.shards import Shards
 
 
+@heap.returned_at_once()
 def compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Result:
     """Prune `subject`, whose weights are on disk, into the run's folder; the result's model is None, it is there.
 

@@ -123,4 +123,4 @@ def check_held(name: str, weight: Tensor, mask: Tensor, folder: object) -> None:
 
 def sparsity(mask: Tensor) -> float:
     """The share of a keep-mask that is pruned."""
-    return 1 - int(mask.sum()) / mask.numel()
+    return 1 - int(mask.count_nonzero()) / mask.numel()

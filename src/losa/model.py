@@ -135,6 +135,7 @@ class Subject:
             bits[name] = linear.mask_bits
             block.linears[name] = linear.merge()
             block.module.set_submodule(name.removeprefix(f"{block.name}."), block.linears[name])
+            del linear  # and with it the weight it had
         self.round_block(block)
         experts.join(block.module)
         return bits

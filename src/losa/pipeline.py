@@ -502,7 +502,7 @@ def reached(subject: Subject) -> dict[str, Any]:
 
 def sparsity_of(block: Block) -> float:
     """The share of a block's prunable weights that its masks prune."""
-    kept = sum(int(linear.mask.sum()) for linear in block.masked.values())
+    kept = sum(int(linear.mask.count_nonzero()) for linear in block.masked.values())
     return 1 - kept / block.weights if block.weights else 0.0
 
 
@@ -547,7 +547,7 @@ def counted(bits: dict[str, Tensor], subject: Subject) -> dict[str, Any]:
     """What the masks say: weights in pruned linears, and the share of them that is gone."""
     total = sum(block.weights for block in subject.blocks)
     kept = sum(
-        int(masks.unpack(bits[name], linear.in_features).sum())
+        int(masks.unpack(bits[name], linear.in_features).count_nonzero())
         for b in subject.blocks
         for name, linear in b.linears.items()
     )

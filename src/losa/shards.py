@@ -36,7 +36,8 @@ class Shards:
 
     def write(self, block: Block, bits: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Keep the merged `block`, which is narrowed, its masks, and `meta`; the block's file comes last."""
-        kept = sum(int(masks.unpack(mask, block.linears[name].in_features).sum()) for name, mask in bits.items())
+        widths = {name: linear.in_features for name, linear in block.linears.items()}
+        kept = sum(int(masks.unpack(mask, widths[name]).count_nonzero()) for name, mask in bits.items())
         self.run.save(f"masks-{block.index:05}", bits, {"kept": kept, **meta})
         for parameter in block.module.parameters():
             parameter.data = parameter.data.to(self.subject.stored)

@@ -1,6 +1,5 @@
 """What recovery holds in memory, and how to hold less: blocks that run twice, 8-bit moments, weights spread over processes."""
 
-import ctypes
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from losa import distributed, sharding
+from losa import distributed, heap, sharding
 from losa.errors import LosaError
 from losa.model import Subject, choose_device
 from losa.recipe import Recipe
@@ -80,7 +79,7 @@ def checkpointed(modules: list[nn.Module]) -> Iterator[None]:
     """
 
     def run(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        _trim()
+        heap.trim()  # else a process keeps three times what checkpointed blocks need
         return forward(*arguments, **named)
 
     try:
@@ -91,13 +90,6 @@ def checkpointed(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module in modules:
             vars(module).pop("forward", None)
-
-
-def _trim() -> None:
-    """What glibc holds free goes back to the system. Without it a process keeps three times what checkpointed blocks need:
-    each leaves holes that the tensors of the next do not fit."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
