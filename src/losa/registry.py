@@ -38,6 +38,8 @@ KERNELS = {  # in order of preference
     "avx512": "losa.sparse.cpu:AVX512",
     "avx2": "losa.sparse.cpu:AVX2",
     "portable": "losa.sparse.cpu:Portable",
+    "2:4": "losa.sparse.semi_structured:SemiStructured",
+    "triton": "losa.sparse.gpu:Triton",
     "reference": "losa.sparse.reference:Reference",
 }
 KINDS = {"pruner": PRUNERS | STRUCTURED, "allocator": ALLOCATORS, "recovery": RECOVERIES, "kernel": KERNELS}
