@@ -39,6 +39,8 @@ KERNELS = {  # in order of preference
     "avx512": "losa.sparse.cpu:AVX512",
     "avx2": "losa.sparse.cpu:AVX2",
     "portable": "losa.sparse.cpu:Portable",
+    "2:4": "losa.sparse.semi_structured:SemiStructured",
+    "triton": "losa.sparse.gpu:Triton",
     "reference": "losa.sparse.reference:Reference",
 }
 KINDS: dict[str, Mapping[str, str]] = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from losa import registry
 from losa.errors import LosaError
+from losa.patterns import NM
 from losa.sparse.packed import Packed
 
 log = logging.getLogger("losa.sparse")
@@ -27,7 +28,7 @@ class Kernel(Protocol):
     def refuses(self, packed: Packed, x_dtype: torch.dtype, device: torch.device) -> str | None:
         """Why it cannot multiply activations of this type, on this device, by these weights; None if it can.
 
-        Depends on nothing of `packed` but its types and shapes.
+        Depends on nothing of `packed` but its types, shapes and N:M.
         """
 
     def multiply(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -53,8 +54,7 @@ def choose(packed: Packed, x_dtype: torch.dtype, device: torch.device, name: str
     name, and for a named kernel that refuses.
     """
     name = name or os.environ.get("LOSA_KERNEL") or AUTO
-    nm = packed.offsets is None
-    key = (name, packed.values.dtype, packed.mask.shape[0], packed.in_features, nm, x_dtype, device.type)
+    key = (name, packed.values.dtype, packed.mask.shape[0], packed.in_features, packed.nm, x_dtype, device.type)
     if (found := _chosen.get(key)) is None:
         found = _chosen[key] = _choose(packed, x_dtype, device, name)
     return found
@@ -98,9 +98,9 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     Raises LosaError if the kernel that LOSA_KERNEL names is unknown or refuses, ValueError if x is not as wide as W.
     """
     if _traced(x):
-        result: Tensor = packed_linear(
-            x, packed.values, packed.mask, packed.offsets, packed.scales, bias, packed.in_features
-        )
+        n, m = (0, 0) if packed.nm is None else (packed.nm.n, packed.nm.m)
+        tensors = (packed.values, packed.mask, packed.offsets, packed.scales)
+        result: Tensor = packed_linear(x, *tensors, bias, packed.in_features, n, m)
         return result
     return _multiply(x, packed, bias)
 
@@ -130,9 +130,11 @@ def packed_linear(
     scales: Tensor | None,
     bias: Tensor | None,
     in_features: int,
+    n: int,
+    m: int,
 ) -> Tensor:
-    """The op: see `multiply`. Its weights are those of a Packed that `check` has seen."""
-    return _multiply(x, Packed(values, mask, offsets, scales, in_features), bias)
+    """The op: see `multiply`. Its weights are those of a Packed that `check` has seen; n and m are 0 if it keeps no N:M."""
+    return _multiply(x, Packed(values, mask, offsets, scales, in_features, NM(n, m) if m else None), bias)
 
 
 @packed_linear.register_fake
@@ -144,5 +146,7 @@ def _(
     scales: Tensor | None,
     bias: Tensor | None,
     in_features: int,
+    n: int,
+    m: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], mask.shape[0])
