@@ -331,7 +331,9 @@ def _print_tables(found: dict[str, Any]) -> None:
             print(note)
         print()
     cells = found["cells"]
-    print(f"{cells['there']} of {cells['all']} cells are there, {cells['ran']} of them run now; all in {found['output']}")
+    print(
+        f"{cells['there']} of {cells['all']} cells are there, {cells['ran']} of them run now; all in {found['output']}"
+    )
 
 
 def _progress(args: argparse.Namespace) -> Any:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from losa import __version__, inputs, model, pipeline, recipe, registry, sources, story
+from losa import __version__, inputs, model, patterns, pipeline, recipe, registry, sources, story
 from losa.errors import LosaError
 from losa.experiments import latency
 from losa.experiments.tables import Place, Settings, Table
@@ -91,7 +91,7 @@ def _recipe(table: Table, settings: Settings, base: str | None, flags: Settings,
         fixed = {"pruner": "magnitude", "allocator": "uniform", "recovery": "none", "steps": 1, "format": "packed"}
         return recipe.from_settings(fixed | {"mean_rank": 8.0} | mine | settings)
     given = QUIET | table.default | flags | settings
-    if recipe.patterns.parse(given.get("pattern", "unstructured")).sparsity is not None:
+    if patterns.parse(given.get("pattern", "unstructured")).sparsity is not None:
         given.pop("sparsity", None)
     given["seed"] = flags.get("seed", 0) + seed
     return recipe.load(base, given)
@@ -164,7 +164,9 @@ def _text(source: str) -> str:
 def _some(path: Path) -> bytes:
     """A file's size and pieces of it, spread over it: the whole of a small one."""
     size = path.stat().st_size
-    starts = range(0, size, PIECE) if size <= PIECES * PIECE else [(size - PIECE) * i // (PIECES - 1) for i in range(PIECES)]
+    starts = (
+        range(0, size, PIECE) if size <= PIECES * PIECE else [(size - PIECE) * i // (PIECES - 1) for i in range(PIECES)]
+    )
     with path.open("rb") as file:
         pieces = []
         for start in starts:

@@ -26,7 +26,7 @@ AGREE = 0.02  # relative, of the logits: packed products round differently
 class Apart(nn.Module):
     """y = base(x) + s (x A^T) B^T: a linear with its LoRA beside it, as PEFT computes it. A [r, in], B [out, r]."""
 
-    def __init__(self, base: nn.Module, rank: int, scaling: float, dtype: torch.dtype) -> None:
+    def __init__(self, base: Any, rank: int, scaling: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.base, self.scaling = base, scaling
         generator = torch.Generator().manual_seed(0)
@@ -78,7 +78,8 @@ def measure(source: str, recipe: Recipe) -> dict[str, Any]:
     return _compare({"dense": dense, "apart": apart, "merged": merged}, prompt) | {
         "linears": len(packed),
         "of": len(linears),
-        "kept": sum(p.packed.kept for p in packed.values()) / sum(p.in_features * p.out_features for p in packed.values()),
+        "kept": sum(p.packed.kept for p in packed.values())
+        / sum(p.in_features * p.out_features for p in packed.values()),
         "machine": machine(dense.device) | {"processor": bench.processor()},
         "dtype": str(dense.dtype).removeprefix("torch."),
     }

@@ -36,8 +36,10 @@ NAMES = {  # of what is measured, and how it is written
     "merged_speedup": ("merged over dense", lambda value: f"{value:.2f}"),
     "merged_over_apart": ("merged over LoRA apart", lambda value: f"{value:.2f}"),
 }
-SAID = ("sparsity", "pruner", "pattern", "steps", "mean_rank", "calibration", "calibration_samples", "sequence_length")
-SAID += ("train_data", "train_samples", "train_length", "learning_rate", "epochs", "distill", "eval_data", "eval_tokens")
+SAID = (  # settings that the caption names, if all cells have them in common
+    *("sparsity", "pruner", "pattern", "steps", "mean_rank", "calibration", "calibration_samples", "sequence_length"),
+    *("train_data", "train_samples", "train_length", "learning_rate", "epochs", "distill", "eval_data", "eval_tokens"),
+)
 END = "<!-- end -->"
 COLUMNS = ["model", "table", "row", "column", "measure", "block", "mean", "deviation", "seeds"]
 
@@ -74,12 +76,9 @@ class Grid:
         lines = [f"**{self.title}.** {self.caption}", ""]
         lines += ["| " + " | ".join(line) + " |" for line in (self.header, ["---"] * len(self.header), *self.rows)]
         lines.append("")
-        lines += [f"- The paper: {claim.lower() if claim[1:2].islower() and claim.split()[0] not in KEPT else claim}. Here: {found}." for claim, found in self.verdicts]
+        lines += [f"- The paper: {claim}. Here: {found}." for claim, found in self.verdicts]
         lines += [f"- {note}" for note in self.notes]
         return "\n".join(lines).rstrip() + "\n"
-
-
-KEPT = ("Wanda", "SparseGPT")
 
 
 def collect(chosen: Sequence[Table], cells: Sequence[Cell], found: dict[str, dict[str, Any]]) -> list[Grid]:
@@ -114,7 +113,9 @@ def _grid(table: Table, source: str, cells: list[Cell], found: dict[str, dict[st
         at = {(e["block"], e["column"]): e["mean"] for e in entries}
         rows = [[str(b), *(NAMES["by_block"][1](at[b, c]) if (b, c) in at else "" for c, _ in columns)] for b in blocks]
     caption = _caption([cell for cell in cells if cell.recipe], dense)
-    verdicts = [(claim.text, _verdict(claim, measured[claim.measure if not vectors else "by_block"])) for claim in table.claims]
+    verdicts = [
+        (claim.text, _verdict(claim, measured[claim.measure if not vectors else "by_block"])) for claim in table.claims
+    ]
     why = {(place, cell.impossible) for cell in cells if cell.impossible for t, place in cell.places if t == table.name}
     notes = [f"{', '.join(part for part in place if part)}: cannot be, {reason}" for place, reason in sorted(why)]
     first = "block" if vectors else ""
@@ -129,6 +130,8 @@ def _values(table: Table, cells: list[Cell], found: dict[str, dict[str, Any]]) -
         for name, place in cell.places:
             if name == table.name and result is not None:
                 for measure in table.measures:
+                    if measure == "rates" and result["recipe"]["allocator"] == "uniform":
+                        continue  # there was nothing to look at
                     if (value := result["measured"].get(measure)) is not None:
                         made[measure].setdefault(place, []).append(value)
     return made
@@ -162,13 +165,19 @@ def _caption(cells: list[Cell], dense: list[float]) -> str:
     """What all cells have in common."""
     said = []
     if dense:
-        said.append(f"Dense {number(dense[0])}" if len(dense) == 1 else f"Dense {number(dense[0])} to {number(dense[-1])}")
+        said.append(
+            f"Dense {number(dense[0])}" if len(dense) == 1 else f"Dense {number(dense[0])} to {number(dense[-1])}"
+        )
     if cells and cells[0].kind == "compress":
         recipes = [cell.recipe.to_json() for cell in cells if cell.recipe]
         for name in SAID:
             values = {json.dumps(recipe[name]) for recipe in recipes}
             if len(values) == 1 and (value := recipes[0][name]) not in ("", 0, 0.0, None, "unstructured"):
-                said.append(f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}")
+                said.append(
+                    f"{name.replace('_', ' ')} {value:g}"
+                    if isinstance(value, float)
+                    else f"{name.replace('_', ' ')} {value}"
+                )
     return ", ".join(said) + ("." if said else "")
 
 
@@ -304,10 +313,14 @@ def picture(grids: list[Grid]) -> str | None:
             xs, ys, spread = zip(*points, strict=True)
             bars = {"type": "data", "array": [s or 0 for s in spread]} if any(spread) else None
             numeric = all(isinstance(x, float | int) for x in xs) and len(xs) > 2
-            kind = go.Scatter(x=xs, y=ys, name=html.escape(name), error_y=bars, mode="lines+markers") if numeric else None
-            figure.add_trace(kind or go.Bar(x=[html.escape(str(x)) for x in xs], y=ys, name=html.escape(name), error_y=bars))
-        ys = [y for points in lines.values() for _, y, _ in points if y]
-        if ys and min(ys) > 0 and max(ys) > 20 * min(ys):
+            kind = (
+                go.Scatter(x=xs, y=ys, name=html.escape(name), error_y=bars, mode="lines+markers") if numeric else None
+            )
+            figure.add_trace(
+                kind or go.Bar(x=[html.escape(str(x)) for x in xs], y=ys, name=html.escape(name), error_y=bars)
+            )
+        heights = [y for points in lines.values() for _, y, _ in points]
+        if min(heights) > 0 and max(heights) > 20 * min(heights):
             figure.update_yaxes(type="log")
         figure.update_yaxes(title_text=" / ".join(NAMES[kind][0] for kind in kinds) if len(kinds) == 1 else "")
         figure.update_layout(height=420, template="plotly_white", barmode="group", margin={"t": 20})

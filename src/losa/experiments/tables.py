@@ -121,9 +121,7 @@ def _strategies() -> Table:
     column = "perplexity"
     claims = [lower(f"Taking {what} away makes it worse", ["LoSA"], [f"w/o {what}"], [column]) for what in off]
     fewer = [(a, b) for a in one for b in two if set(a.split()) < set(b.split())] + [(b, three) for b in two]
-    claims.append(
-        Claim("The more strategies are away, the worse", tuple(((a, column), (b, column)) for a, b in fewer))
-    )
+    claims.append(Claim("The more strategies are away, the worse", tuple(((a, column), (b, column)) for a, b in fewer)))
     others = [((b, column), ("w/o DSA", column)) for b in ("w/o LSR", "w/o SRA")]
     claims.append(Claim("Steps (DSA) matter most", tuple(others)))
     return Table(
@@ -179,7 +177,9 @@ def _nm() -> Table:
 
 def _structured() -> Table:
     methods = {"": PRUNED, " w. LoSA": LOSA}
-    rows = {row: settings | {"pattern": "structured"} for row, settings in by_method(("wanda-sp", "flap"), methods).items()}
+    rows = {
+        row: settings | {"pattern": "structured"} for row, settings in by_method(("wanda-sp", "flap"), methods).items()
+    }
     rows["SparseGPT w. LoSA, unstructured"] = LOSA | {"pruner": "sparsegpt", "pattern": "unstructured"}
     columns = sparsities(0.2, 0.5)
     return Table(
@@ -259,7 +259,7 @@ def _layer_rates() -> Table:
 
 
 def _cost() -> Table:
-    columns = {"": {}}
+    columns: dict[str, Settings] = {"": {}}
     losa, lora = ["SparseGPT w. LoSA", "Wanda w. LoSA"], ["SparseGPT w. LoRA", "Wanda w. LoRA"]
     claims = (
         lower("LoSA trains fewer values than LoRA", losa, lora, columns, "trained"),
