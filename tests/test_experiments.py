@@ -110,7 +110,7 @@ def test_tables_run_once(
     )
     assert f"| error | {error:.2f} |" in text and "; one seed." in text and text.count("<!-- end -->") == 2
     assert json.loads((out / "experiments.json").read_text())["tables"] == first["tables"]
-    lines = list(csv.DictReader((out / "experiments.csv").open()))
+    lines = list(csv.DictReader((out / "experiments.csv").read_text().splitlines()))
     assert len(lines) == 4 and {line["measure"] for line in lines} == {"perplexity"}
     assert float(lines[0]["mean"]) == pytest.approx(error, abs=5e-3)
     html = (out / "experiments.html").read_text()
