@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from losa.experiments import cells, latency, show, tables
 from losa.experiments.cells import Cell, Cells, gather
 from losa.experiments.tables import TABLES, Claim
 from losa.recipe import Recipe
+from losa.sparse import decoding
 
 Settings = dict[str, Any]
 
@@ -281,11 +283,11 @@ def test_latency(llama: Path, out: Path, monkeypatch: Any, capsys: pytest.Captur
     arguments = ["experiment", "latency", "--model", str(llama), "--output", str(out), "--json", "--device", "cpu"]
     assert main([*arguments, "--dtype", "float32"]) == 0
     (table,) = told(capsys)["tables"]
-    assert [row[0] for row in table["rows"]] == ["50%", "60%", "70%"] and all(len(row) == 7 for row in table["rows"])
+    assert [row[0] for row in table["rows"]] == ["50%", "60%", "70%"] and all(len(row) == 10 for row in table["rows"])
     assert all(float(cell) > 0 for row in table["rows"] for cell in row[1:])
     kept = [json.loads(path.read_text())["measured"] for path in (out / "cells").glob("*.json")]
     assert sorted(round(cell["kept"], 1) for cell in kept) == [0.3, 0.4, 0.5]
-    assert all(cell["linears"] == cell["of"] == 21 for cell in kept)
+    assert all(cell["linears"] == cell["of"] == 21 and cell["native"] == "" for cell in kept)
 
 
 def test_pairs_apart_change_the_output_and_share_the_weights(llama: Path, monkeypatch: Any) -> None:
@@ -300,6 +302,26 @@ def test_pairs_apart_change_the_output_and_share_the_weights(llama: Path, monkey
     name = "model.layers.1.mlp.up_proj"
     assert apart.get_submodule(name).base.weight.data_ptr() == merged.get_submodule(name).weight.data_ptr()
     assert apart.get_submodule(name).a.shape == (8, 32)
+
+
+def test_runtime_is_the_one_that_is_named(llama: Path, monkeypatch: Any) -> None:
+    """By the model's own forward where it says so, natively elsewhere; what was set before is set again."""
+    monkeypatch.setenv(decoding.SWITCH, "ordinary")
+    monkeypatch.setattr(latency, "NEW", 2)
+    monkeypatch.setattr(latency, "ROUNDS", 2)
+    natively: list[tuple[Any, int]] = []
+    decode = latency._decode
+
+    def counted(whole: Any, prompt: Any) -> float:
+        before = getattr(whole.forward, "tokens", 0)
+        took = decode(whole, prompt)
+        natively.append((os.environ[decoding.SWITCH], getattr(whole.forward, "tokens", 0) - before))
+        return took
+
+    monkeypatch.setattr(latency, "_decode", counted)
+    latency.measure(str(llama), cells._recipe(TABLES["latency"], {"sparsity": 0.5}, None, {"device": "cpu"}, 0))
+    assert natively.count(("ordinary", 0)) == 9 and natively.count(("native", 2)) == 6 and len(natively) == 15
+    assert os.environ[decoding.SWITCH] == "ordinary"
 
 
 def test_nothing_wrong_is_timed(llama: Path, monkeypatch: Any) -> None:
@@ -352,3 +374,8 @@ def test_what_a_model_cannot_do_is_said(
     assert found["cells"] == {"all": 18, "ran": 0, "there": 0, "impossible": 6}
     assert len(found["tables"][0]["notes"]) == 6
     assert "Wanda w. LoRA, 70%: cannot be, format packed: recovery 'lora' keeps" in found["tables"][0]["notes"][-1]
+
+
+def test_results_have_a_place_for_every_table() -> None:
+    page = Path(__file__).parents[1] / "docs" / "results.md"
+    show.check_markdown(page, list(TABLES))

@@ -34,6 +34,9 @@ NAMES = {  # of what is measured, and how it is written
     "merged": ("merged", lambda value: f"{value:.1f}"),
     "apart_speedup": ("LoRA apart over dense", lambda value: f"{value:.2f}"),
     "merged_speedup": ("merged over dense", lambda value: f"{value:.2f}"),
+    "native_dense": ("native dense", lambda value: f"{value:.1f}"),
+    "native_merged": ("native merged", lambda value: f"{value:.1f}"),
+    "native_speedup": ("native merged over native dense", lambda value: f"{value:.2f}"),
     "merged_over_apart": ("merged over LoRA apart", lambda value: f"{value:.2f}"),
 }
 SAID = (  # settings that the caption names, if all cells have them in common

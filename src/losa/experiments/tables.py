@@ -285,7 +285,10 @@ def _latency() -> Table:
         Claim("Merged decodes faster than with LoRA kept apart", (), "merged_over_apart", faster),
         Claim("What LoRA costs grows with sparsity", growing, "merged_over_apart"),
     )
-    measures = ("dense", "apart", "merged", "apart_speedup", "merged_speedup", "merged_over_apart")
+    measures = (
+        *("dense", "apart", "merged", "apart_speedup", "merged_speedup", "merged_over_apart"),
+        *("native_dense", "native_merged", "native_speedup"),
+    )
     title = "Decoding, tokens a second: dense, sparse with LoRA kept apart, sparse and merged; table 9"
     return Table("latency", title, grid(rows, {"": {}}), {}, claims, measures, "latency")
 
