@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from losa import distributed, recipe, registry, repair_recipe
 from losa.errors import LosaError
+from losa.experiments import tables
 from losa.progress import heeding_interrupts
 from losa.units import duration, number, size
 
@@ -147,6 +148,26 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="output of a run, finished or not")
     report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: report.html in the first DIR)")
 
+    about = "the paper's tables on a model of yours: which cells there are, what is kept of them, and whether its claims hold"
+    experiment = command("experiment", _experiment, about)
+    experiment.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join([*tables.TABLES, tables.ALL])}")
+    experiment.add_argument(
+        "--model", action="append", required=True, help="local folder, name on the hub, or demo; repeatable"
+    )
+    experiment.add_argument("--output", type=Path, help="folder in which every cell is kept; what is there is not run")
+    experiment.add_argument(
+        "--recipe", help="settings below those of the tables, as compress takes them (default: paper; of demo: demo)"
+    )
+    experiment.add_argument("--seeds", type=int, default=1, help="how many seeds, from --seed on (default: 1)")
+    experiment.add_argument("--part", default="1/1", metavar="I/N", help="run every N-th cell only, from the I-th")
+    experiment.add_argument("--cached", action="store_true", help="make the tables of what is there; run nothing")
+    experiment.add_argument("--dry-run", action="store_true", help="say which cells are there and which would be run")
+    experiment.add_argument(
+        "--markdown", type=Path, metavar="FILE",
+        help="put each table into FILE, between <!-- experiment NAME --> and <!-- end -->; a new file has them all",
+    )  # fmt: skip
+    _add_settings(experiment)
+
     demo = command("demo", _demo, "the whole method on the built-in model, without any download")
     demo.add_argument("--output", type=Path, default=Path("losa-demo"), help="new folder (default: losa-demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace the demo in --output")
@@ -227,8 +248,7 @@ def _recover(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _chosen(args: argparse.Namespace, kind: type[recipe.Recipe]) -> recipe.Recipe:
-    given = {name: getattr(args, f"set_{name}") for name in _settings()}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _given(args)
     if args.output is None and not args.dry_run:
         raise LosaError("--output is missing: name a new folder for the result")
     if args.resume and args.recipe is None and args.output is not None:
@@ -239,6 +259,12 @@ def _chosen(args: argparse.Namespace, kind: type[recipe.Recipe]) -> recipe.Recip
             raise LosaError(f"{args.output} was started by losa {kept['command']}: resume it with that")
         return recipe.from_settings(kept["recipe"] | given, kind)
     return recipe.load(args.recipe, given, kind)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that flags give."""
+    given = {name: getattr(args, f"set_{name}") for name in _settings()}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _run(args: argparse.Namespace, settings: recipe.Recipe, start: Any, plan: Any) -> dict[str, Any]:
@@ -278,6 +304,36 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(f"{page}, {size(page.stat().st_size)}: open it in a browser")
     return {"report": str(page), "bytes": page.stat().st_size, "runs": [str(folder) for folder in args.folders]}
+
+
+def _experiment(args: argparse.Namespace) -> dict[str, Any]:
+    from losa.experiments import command
+
+    names = [field.name for field in dataclasses.fields(command.Asked) if field.name != "models"]
+    asked = command.Asked(models=args.model, **{name: getattr(args, name) for name in names})
+    _quiet_libraries()
+    found = command.experiment(asked, _given(args), _progress(args))
+    if not args.json:
+        if args.dry_run:
+            print(command.say_foretold(found))
+        else:
+            _print_tables(found)
+    return found
+
+
+def _print_tables(found: dict[str, Any]) -> None:
+    for table in found["tables"]:
+        print(f"{table['title']}\n{table['model']}. {table['of']}".rstrip())
+        print_table([table["header"], *table["rows"]])
+        for claim in table["claims"]:
+            print(f"paper: {claim['paper']}\nhere: {claim['here']}")
+        for note in table["notes"]:
+            print(note)
+        print()
+    cells = found["cells"]
+    print(
+        f"{cells['there']} of {cells['all']} cells are there, {cells['ran']} of them run now; all in {found['output']}"
+    )
 
 
 def _progress(args: argparse.Namespace) -> Any:

@@ -1,0 +1,317 @@
+"""The cells of the tables: each a recipe on a model, run once and kept by what decides its result.
+
+OUTPUT/cells/KEY.json  a finished cell; KEY is a hash of its recipe, the model, the texts it reads and losa's version
+OUTPUT/cells/KEY.lock  held while a process works on it; the system frees it however the process ends
+OUTPUT/runs/KEY/       its run, until it is finished: what goes on where it was killed
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from losa import __version__, inputs, model, patterns, pipeline, recipe, registry, sources, story
+from losa.errors import LosaError
+from losa.experiments import latency
+from losa.experiments.tables import Place, Settings, Table
+from losa.progress import Progress
+from losa.recipe import Recipe
+from losa.run import read_recipe, versions, write_json, writing
+
+# Where a cell runs, and how carefully, does not change what comes out.
+ELSEWHERE = ("device", "memory", "checkpoint_minutes")
+LATENCY = ("device", "dtype", "seed", "ignore", "targets", "alpha", "base_rank", "values")  # flags that count there
+QUIET: Settings = {"sample_tokens": 0, "eval_step_tokens": 0}  # what nobody looks at
+FORMAT = 1
+PIECES, PIECE = 16, 2**16  # of a file's bytes that its fingerprint reads
+
+
+@dataclass
+class Cell:
+    """A recipe on a model. `places`: where it stands, as (table, place). `impossible`: why it cannot be, if it cannot."""
+
+    key: str
+    kind: str
+    source: str
+    recipe: Recipe | None
+    places: list[tuple[str, Place]] = field(default_factory=list)
+    impossible: str = ""
+
+    @property
+    def name(self) -> str:
+        table, (row, column) = self.places[0]
+        where = ", ".join(part for part in (row, column) if part and part != "perplexity")
+        return f"{table}: {where}, seed {self.recipe.seed}" if self.recipe else f"{table}: {where}"
+
+
+def gather(source: str, tables: Sequence[Table], base: str | None, flags: Settings, seeds: int) -> list[Cell]:
+    """The cells of `tables` on the model `source`, each once, one seed of everything first.
+
+    base: the recipe below everything; flags: settings that go on top of it and of the tables' defaults, below what a cell
+    is about. Raises LosaError for a flag that no cell takes, and if no cell is possible.
+    """
+    _check_flags(tables, flags)
+    about = fingerprint(source)
+    found: dict[str, Cell] = {}
+    refused: list[Cell] = []
+    checked: dict[str, str] = {}
+    for seed in range(seeds):
+        for table in tables:
+            for place, settings in table.cells.items():
+                try:
+                    made = _recipe(table, settings, base, flags, seed)
+                except LosaError as error:
+                    refused.append(Cell("", table.kind, source, None, [(table.name, place)], str(error)))
+                    continue
+                key = key_of(made, table.kind, about)
+                if key not in found:
+                    plain = key_of(made.at(seed=0), table.kind, about)
+                    if plain not in checked:
+                        checked[plain] = _why_not(source, made, table.kind)
+                    found[key] = Cell(key, table.kind, source, made, [], checked[plain])
+                found[key].places.append((table.name, place))
+    cells = [*found.values(), *refused]
+    if all(cell.impossible for cell in cells):
+        raise LosaError(cells[0].impossible)
+    return cells
+
+
+def _recipe(table: Table, settings: Settings, base: str | None, flags: Settings, seed: int) -> Recipe:
+    if table.kind == "latency":
+        mine = {name: value for name, value in flags.items() if name in LATENCY}
+        fixed = {"pruner": "magnitude", "allocator": "uniform", "recovery": "none", "steps": 1, "format": "packed"}
+        return recipe.from_settings(fixed | {"mean_rank": 8.0} | mine | settings)
+    given = QUIET | table.default | flags | settings
+    if patterns.parse(given.get("pattern", "unstructured")).sparsity is not None:
+        given.pop("sparsity", None)
+    given["seed"] = flags.get("seed", 0) + seed
+    return recipe.load(base, given)
+
+
+def _check_flags(tables: Sequence[Table], flags: Settings) -> None:
+    """Raise LosaError for the first flag that means nothing to all of the tables' cells."""
+    for name in flags:
+        if all(
+            name in settings or (table.kind == "latency" and name not in LATENCY)
+            for table in tables
+            for settings in table.cells.values()
+        ):
+            names = ", ".join(table.name for table in tables)
+            raise LosaError(f"--{name.replace('_', '-')} changes no cell of {names}: leave it out")
+
+
+def _why_not(source: str, made: Recipe, kind: str) -> str:
+    """Why this recipe cannot be on this model; empty if it can."""
+    try:
+        if kind == "latency":
+            latency.check(source, made)
+        else:
+            inputs.check(source, made, None)
+        return ""
+    except LosaError as error:
+        return str(error)
+
+
+# --------------------------------------------------------------------------------------------- what decides a result
+
+
+def key_of(made: Recipe, kind: str, about: dict[str, str]) -> str:
+    """A short hash of what decides the result of a cell."""
+    settings = decisive(made.to_json())
+    what: dict[str, Any] = {"format": FORMAT, "kind": kind, "losa": __version__, "recipe": settings, **about}
+    if kind == "latency":
+        what["machine"] = _machine(made)
+    else:
+        what["texts"] = {name: _text(getattr(made, name)) for name in ("calibration", "train_data", "eval_data")}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def decisive(settings: Settings) -> Settings:
+    """What counts of a recipe's settings: those with another value than the default, so that a new setting of a later
+    losa changes no key. A default that has changed is found out by what is kept beside the result (`Cells.read`)."""
+    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(Recipe)}
+    return {n: v for n, v in settings.items() if n not in ELSEWHERE and (n not in defaults or v != defaults[n])}
+
+
+def fingerprint(source: str) -> dict[str, str]:
+    """Of a model's folder: its files' names, sizes and some of their bytes. Of a model on the hub, the name."""
+    folder = Path(model.locate(source))
+    if not folder.is_dir():
+        return {"model": source}
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".bin", ".model"):
+            digest.update(path.name.encode() + _some(path))
+    return {"model": digest.hexdigest()}
+
+
+def _text(source: str) -> str:
+    """Of a text: a local file's bytes, or the name; the built-in one is the standard library of this Python."""
+    if source and sources.place_of(source) == "file":
+        return hashlib.sha256(_some(Path(source).expanduser())).hexdigest()
+    return f"{source} of Python {platform.python_version()}" if source.startswith("demo") else source
+
+
+def _some(path: Path) -> bytes:
+    """A file's size and pieces of it, spread over it: the whole of a small one."""
+    size = path.stat().st_size
+    starts = (
+        range(0, size, PIECE) if size <= PIECES * PIECE else [(size - PIECE) * i // (PIECES - 1) for i in range(PIECES)]
+    )
+    with path.open("rb") as file:
+        pieces = []
+        for start in starts:
+            file.seek(start)
+            pieces.append(file.read(PIECE))
+    return f"{size} ".encode() + b"".join(pieces)
+
+
+def _machine(made: Recipe) -> str:
+    from losa.usage import machine
+
+    found = machine(pipeline.device_of(made))
+    return json.dumps({name: found.get(name) for name in ("processor", "threads", "device")})
+
+
+# ---------------------------------------------------------------------------------------------------- run, and kept
+
+
+class Cells:
+    """The folder in which cells are kept."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        if output.exists() and not output.is_dir():
+            raise LosaError(f"output {str(output)!r} is a file: name a folder")
+
+    def path(self, cell: Cell) -> Path:
+        return self.output / "cells" / f"{cell.key}.json"
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """What is kept of a cell, None if nothing is, or what is was made with another default. Raises LosaError for a
+        damaged file."""
+        path = self.path(cell)
+        if not path.is_file():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+            asked = cell.recipe.to_json() if cell.recipe else {}
+            same = all(asked.get(n) == v for n, v in found["recipe"].items() if n in asked and n not in ELSEWHERE)
+            return found if same and found["measured"] else None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise LosaError(f"{path} is damaged: remove it, and its cell is run again") from None
+
+    def run(self, cell: Cell, progress: Progress) -> bool:
+        """Run a cell and keep it, if it is not there and no other process works on it. Returns whether it did."""
+        with self._claimed(cell) as mine:
+            if not mine or self.read(cell) is not None:
+                return False
+            began = time.monotonic()
+            assert cell.recipe is not None
+            timing = cell.kind == "latency"
+            measured = latency.measure(cell.source, cell.recipe) if timing else self._compress(cell, progress)
+            kept = {"format": FORMAT, "losa": __version__, "source": cell.source, "kind": cell.kind}
+            kept |= {"took": round(time.monotonic() - began, 1), "recipe": cell.recipe.to_json(), "measured": measured}
+            with writing(self.output, ""):
+                write_json(self.path(cell), kept)
+            shutil.rmtree(self._run(cell), ignore_errors=True)
+            return True
+
+    def _run(self, cell: Cell) -> Path:
+        return self.output / "runs" / cell.key
+
+    @contextmanager
+    def _claimed(self, cell: Cell) -> Iterator[bool]:
+        path = self.path(cell).with_suffix(".lock")
+        with writing(self.output, ""):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+            path.unlink(missing_ok=True)
+        except BlockingIOError:
+            yield False
+        finally:
+            os.close(lock)
+
+    def _compress(self, cell: Cell, progress: Progress) -> dict[str, Any]:
+        """Run the recipe, from where it was killed if it was, and tell what came out."""
+        made, folder = cell.recipe, self._run(cell)
+        assert made is not None
+        resume = self._may_resume(folder, cell)
+        busy = time.process_time()
+        result = pipeline.compress(
+            cell.source, made, folder, resume=resume, overwrite=not resume and folder.exists(), progress=progress
+        )
+        busy = time.process_time() - busy
+        told = story.read(folder)
+        sparse, dense, last = result.measurements["sparse"], result.measurements["dense"], result.history[-1]
+        spent: dict[str, list[float]] = {}
+        for phase in told.phases:
+            spent.setdefault(phase["phase"], []).append(phase["seconds"])
+        return {
+            "perplexity": sparse["perplexity"],
+            "dense": dense["perplexity"],
+            "sparsity": sparse["sparsity"],
+            "by_block": last["sparsity"],
+            "ranks": last["ranks"],
+            "errors_by_block": last["errors"],
+            "trained": trained(cell.source, made, last["ranks"]),
+            "parameters": parameters(cell.source),
+            "seconds": round(told.seconds, 1),
+            "processor": None if resume else round(busy, 1),
+            "memory": told.peak or None,
+            "rates": statistics.mean(spent["rates"]) if "rates" in spent else None,
+            "errors": sum(spent["dense features"]) if "dense features" in spent else None,
+            "phases": {name: round(sum(values), 3) for name, values in spent.items()},
+        }
+
+    @staticmethod
+    def _may_resume(folder: Path, cell: Cell) -> bool:
+        """Whether a run that was killed can go on: as the same, with the same versions."""
+        if not (folder / "run" / "recipe.json").is_file():
+            return False
+        assert cell.recipe is not None
+        kept = read_recipe(folder)
+        return bool(
+            kept["recipe"] == cell.recipe.to_json() and kept["versions"] == versions() and kept["source"] == cell.source
+        )
+
+
+def trained(source: str, made: Recipe, ranks: list[int]) -> int:
+    """Values that the last step trains: of low-rank pairs those of the ranks it had."""
+    if not made.trains:
+        return 0
+    whole: Any = model.skeleton(model.load_config(source))
+    blocks = model.prunable(whole, made)
+    wanted = model.targeted([name for block in blocks for name in block.linears], made)
+    recovery = registry.get("recovery", made.recovery)
+    total = 0
+    for block in blocks:
+        for name, linear in block.linears.items():
+            shape = (linear.out_features, linear.in_features)
+            if name not in wanted:
+                continue
+            if ranks:
+                total += ranks[block.index] * sum(shape)
+            elif recovery.trains:
+                total += recovery.parameters(shape, made)
+            else:  # only the dense model was fine-tuned
+                total += round(made.mean_rank) * sum(shape)
+    return total
+
+
+def parameters(source: str) -> int:
+    """Of the whole dense model."""
+    whole: Any = model.skeleton(model.load_config(source))
+    return sum(parameter.numel() for parameter in whole.parameters())

@@ -1,0 +1,119 @@
+"""What `losa experiment` does: find the cells of the tables that are asked for, run those that are not there, show all."""
+
+import dataclasses
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from losa.errors import LosaError
+from losa.experiments import show, tables
+from losa.experiments.cells import Cell, Cells, gather
+from losa.progress import Progress
+from losa.units import duration
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the command line asks for. part: I/N, every N-th cell from the I-th. cached: run nothing."""
+
+    names: Sequence[str]
+    models: Sequence[str]
+    output: Path | None
+    recipe: str | None = None  # the paper's, or on the built-in model the demo's
+    seeds: int = 1
+    part: str = "1/1"
+    cached: bool = False
+    dry_run: bool = False
+    markdown: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise LosaError for what cannot be."""
+        if self.seeds < 1:
+            raise LosaError(f"--seeds is {self.seeds}: must be at least 1")
+        self.share()
+        if self.output is None:
+            raise LosaError("--output is missing: name the folder in which cells are kept")
+        if self.dry_run and (self.cached or self.markdown):
+            raise LosaError("--dry-run shows what would be run, and no tables: leave --cached and --markdown out")
+
+    def share(self) -> tuple[int, int]:
+        found = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise LosaError(f"--part {self.part}: expected I/N with I from 1 to N")
+        return int(found[1]), int(found[2])
+
+
+def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Run what is asked for, and write experiments.json, .csv, .md and .html into the output.
+
+    flags: settings of the recipe, for every cell. Returns what is in experiments.json, or with dry_run the cells.
+    """
+    chosen = tables.chosen(asked.names)
+    assert asked.output is not None
+    kept = Cells(asked.output)
+    cells: list[Cell] = []
+    for source in asked.models:
+        base = asked.recipe or ("demo" if source == "demo" else "paper")
+        cells += gather(source, chosen, base, flags, asked.seeds)
+    if asked.markdown:
+        show.check_markdown(asked.markdown, [table.name for table in chosen])
+    possible = [cell for cell in cells if not cell.impossible]
+    if asked.dry_run:
+        return foretell(kept, cells)
+    ran = 0
+    if not asked.cached:
+        part, parts = asked.share()
+        mine = [cell for number, cell in enumerate(possible) if number % parts == part - 1]
+        for number, cell in enumerate(mine, 1):
+            if kept.read(cell) is None:
+                progress.say(f"cell {number}/{len(mine)}, {cell.name}")
+                if kept.run(cell, progress):
+                    ran += 1
+                else:
+                    progress.say("another process works on it, or has just finished it")
+    found = {cell.key: result for cell in possible if (result := kept.read(cell)) is not None}
+    shown = show.collect(chosen, cells, found)
+    summary = {
+        "output": str(asked.output),
+        "cells": {"all": len(cells), "ran": ran, "there": len(found), "impossible": len(cells) - len(possible)},
+        "tables": [grid.to_json() for grid in shown],
+    }
+    show.write(asked.output, shown, summary)
+    if asked.markdown:
+        show.put_markdown(asked.markdown, shown)
+    return summary
+
+
+def foretell(kept: Cells, cells: list[Cell]) -> dict[str, Any]:
+    """Which cells there are, which of them are there, and about how long the others take, from those that are."""
+    took: dict[tuple[str, bool], list[float]] = {}
+    listed = []
+    for cell in cells:
+        result = kept.read(cell) if cell.key and not cell.impossible else None
+        if result is not None:
+            took.setdefault(_like(cell), []).append(result["took"])
+        listed.append({"name": cell.name, "key": cell.key, "there": result is not None, "impossible": cell.impossible})
+    missing = [cell for cell, line in zip(cells, listed, strict=True) if not line["there"] and not cell.impossible]
+    known = [statistics.mean(took[_like(cell)]) for cell in missing if _like(cell) in took]
+    seconds = round(sum(known) * len(missing) / len(known)) if known else None
+    return {"cells": listed, "missing": len(missing), "seconds": seconds if missing else 0}
+
+
+def _like(cell: Cell) -> tuple[str, bool]:
+    """Cells that take about as long."""
+    return cell.kind, cell.recipe is not None and cell.recipe.recovery != "none"
+
+
+def say_foretold(found: dict[str, Any]) -> str:
+    """The cells, one a line, and the sum."""
+    lines = []
+    for line in found["cells"]:
+        state = f"cannot be: {line['impossible']}" if line["impossible"] else "there" if line["there"] else "to run"
+        lines.append(f"{line['key'] or '-':16}  {line['name']}: {state}")
+    if found["missing"] and found["seconds"] is None:
+        lines.append(f"{found['missing']} cells to run; how long they take is known once the first is there")
+    else:
+        lines.append(f"{found['missing']} cells to run, about {duration(found['seconds'])}")
+    return "\n".join(lines)
