@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-from importlib.metadata import version as installed
 from typing import Any, get_args, get_origin
 
 from docutils import nodes

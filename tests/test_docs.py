@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pages import DOCS, PAGES, ROOT, Reader, blocks, fill
+from pages import PAGES, ROOT, Reader, blocks, fill
 
 from losa import cli
 
