@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from importlib.metadata import version as installed
+import re
 from typing import Any, get_args, get_origin
 
 from docutils import nodes
@@ -58,6 +58,11 @@ def math_block(translator: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def say_outside(app: Sphinx, name: str, source: list[str]) -> None:
+    """Links to the repository around docs/, which is not there where these pages are read, become their text."""
+    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", source[0])
+
+
 def demand_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """A public name without a docstring is a warning, and so an error."""
     if what in ("module", "class", "function", "method", "property") and not any(lines) and not inspect.isbuiltin(obj):
@@ -68,4 +73,5 @@ def setup(app: Sphinx) -> None:
     """What is ours beside the extensions."""
     app.add_directive("settings", Settings)
     app.add_html_math_renderer("mathml", (math_inline, None), (math_block, None))
+    app.connect("source-read", say_outside)
     app.connect("autodoc-process-docstring", demand_docstring)

@@ -193,6 +193,8 @@ class Reader:
         words = shlex.split(line)
         if words[0] in ("compress", "recover") and "--resume" not in words:
             words = self.small(words, refusal)
+        if words[0] == "experiment" and "--cached" not in words:
+            words.append("--dry-run")  # hours
         code = cli.main(words)
         said = self.capsys.readouterr()
         if refusal is None:
