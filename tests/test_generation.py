@@ -7,6 +7,7 @@ import pytest
 from test_packed_linear import save_packed
 
 from losa.cli import main
+from losa.sparse.steps import Table
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,18 @@ def test_draws_by_seed(packed: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert main(["generate", str(packed), *arguments, "--json"]) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_decodes_in_native_code(
+    packed: Path, llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    run = Table.run
+    monkeypatch.setattr(Table, "run", lambda table: ran.append(1) or run(table))
+    for model in (packed, llama):
+        assert main(["generate", str(model), "--prompt", "x", "--max-new-tokens", "5", "--json"]) == 0
+        assert len(ran) == json.loads(capsys.readouterr().out)["tokens"] - 1 > 0
+        ran.clear()
 
 
 @pytest.mark.parametrize(

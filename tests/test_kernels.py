@@ -3,9 +3,7 @@
 import ctypes
 import logging
 import os
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -118,12 +118,15 @@ def _compare(
     for who, key in [("torch_bf16", "torch_bf16"), ("torch_fp32", "torch_fp32"), (best, "best_dense")]:
         low, middle, high = (round(q, 3) for q in statistics.quantiles(ratios[who], n=4, method="inclusive"))
         found[f"speedup_over_{key}"], found[f"speedup_over_{key}_quartiles"] = middle, [low, high]
-    found["speedups"] = {who: round(statistics.median(r), 3) for who, r in ratios.items() if who != "read"}
+    found["speedups"] = {who: round(statistics.median(r), 3) for who, r in ratios.items() if not who.startswith("read")}
     found["best_dense"] = best
     # of the speedup, were both read at one speed
     found["bound"] = round(opponents[best].bytes / opponents["losa"].bytes, 3)
-    more = opponents["losa"].bytes / opponents["read"].bytes
-    found["share_of_read_bandwidth"] = round(statistics.median(ratios["read"]) * more, 3)
+    # the fastest of what else reads, dense products too: none of them must be a slow reader only
+    shares = {who: statistics.median(ratios[who]) * opponents["losa"].bytes / opponents[who].bytes for who in ratios}
+    shares["losa"] = 1.0  # if nobody reads faster
+    found["fastest_reader"] = min(shares, key=lambda who: shares[who])
+    found["share_of_read_bandwidth"] = round(shares[found["fastest_reader"]], 3)
     return found
 
 
@@ -177,12 +180,11 @@ def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: in
     calls = [partial(F.linear, x.float(), w) for w in single]
     found["torch_fp32"] = Opponent(agree("torch's fp32 product", calls, torch.float32), out * columns * 4)
     if len(x) == 1 and (symbol := best_dense()):
-        padded = [F.pad(w, (0, -columns % 128)) if columns % 128 else w for w in dense]
+        padded = [F.pad(w, (0, -columns % 64)) if columns % 64 else w for w in dense]
         calls = [partial(dense_product, symbol, x, w) for w in padded]
         agreed = agree("the native dense product", calls, torch.bfloat16)
         found[f"{symbol}_dense_bf16"] = Opponent(agreed, padded[0].numel() * 2)
-    found["read"] = _reading(packs)
-    return found
+    return found | _reading(packs)
 
 
 def best_dense() -> str | None:
@@ -197,7 +199,7 @@ def best_dense() -> str | None:
 
 
 def dense_product(symbol: str, x: Tensor, weight: Tensor) -> Tensor:
-    """float32 [1, out] = x [1, in] W^T in native code; weight bf16 [out, in padded to a multiple of 128], contiguous."""
+    """float32 [1, out] = x [1, in] W^T in native code; weight bf16 [out, in padded to a multiple of 64], contiguous."""
     out, columns = weight.shape
     factor = F.pad(x, (0, columns - x.shape[1])).to(torch.bfloat16 if symbol == "avx512_bf16" else torch.float32)
     y = torch.empty(1, out)
@@ -206,16 +208,19 @@ def dense_product(symbol: str, x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _reading(packs: list[Packed]) -> Opponent:
-    """Reads the kept values of each; without a native library through torch's sum."""
+def _reading(packs: list[Packed]) -> dict[str, Opponent]:
+    """What reads the kept values of each, in 1, 2 and 4 streams; without a native library torch's sum."""
     lines = (packs[0].kept + PAD) * packs[0].values.element_size() // 64
     try:
         native.library()
     except native.Unavailable:
-        return Opponent([p.values.view(torch.uint8).sum for p in packs], lines * 64)
+        return {"read": Opponent([p.values.view(torch.uint8).sum for p in packs], lines * 64)}
     read, threads = cpu.function("losa_read"), torch.get_num_threads()
     addresses = [(p.values.data_ptr(), (p.kept + PAD) * p.values.element_size() // 64) for p in packs]
-    return Opponent([partial(read, *address, threads) for address in addresses], lines * 64)
+    return {
+        f"read_{streams}": Opponent([partial(read, *address, streams, threads) for address in addresses], lines * 64)
+        for streams in (1, 2, 4)
+    }
 
 
 def _times(opponents: dict[str, Opponent], rounds: int) -> dict[str, list[float]]:

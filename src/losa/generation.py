@@ -10,6 +10,7 @@ from torch import Tensor
 from losa import model
 from losa.errors import LosaError
 from losa.recipe import Recipe
+from losa.sparse import decoding
 
 
 def generate(
@@ -52,6 +53,8 @@ def generate(
         )
     loaded = model.load_whole(source, settings)
     model.check_finite(loaded)
+    if loaded.device.type == "cpu":
+        decoding.attach(loaded)
     drawn = {"do_sample": True, "temperature": temperature}
     likeliest = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None

@@ -28,8 +28,8 @@ class Store:
 
         if type(cache) is not DynamicCache or len(cache.layers) != len(heads):
             return None
-        length = cache.get_seq_length()
-        for layer, h in zip(cache.layers, heads, strict=True):
+        length, layers = cache.get_seq_length(), list[Any](cache.layers)
+        for layer, h in zip(layers, heads, strict=True):
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length() != length:
                 return None
             if not length or layer.keys.dtype != dtype or layer.keys.device.type != "cpu":
@@ -42,7 +42,7 @@ class Store:
             if layer.keys.shape != (1, h.kv_heads, kept, h.dim) or layer.values.shape != layer.keys.shape:
                 return None
         made = cls(heads, dtype, length)
-        for i, layer in enumerate(cache.layers):
+        for i, layer in enumerate(layers):
             kv_heads, kept = layer.keys.shape[1:3]
             made.keys[i, :, :kv_heads, length - kept : length] = layer.keys
             made.values[i, :, :kv_heads, length - kept : length] = layer.values

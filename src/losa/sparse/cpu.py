@@ -182,7 +182,7 @@ def function(name: str) -> Callable[..., int]:
         "dense": [pointer, pointer, pointer, number, number, small],
         "decode": [pointer],
         "form": [pointer],
-        "read": [pointer, number, small],
+        "read": [pointer, number, small, small],
     }[kind]
     found.restype = ctypes.c_uint64 if kind == "read" else ctypes.c_int
     typed: Callable[..., int] = found

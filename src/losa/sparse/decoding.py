@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class Decoding:
         self.tokens += 1
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _look(self, whole: Any) -> Table | None:
         """The table of the model as it is now: made again if anything of it has changed; None if it is refused."""
@@ -160,7 +160,7 @@ def _plain(config: Any, options: dict[str, Any]) -> bool:
     )
 
 
-def _mask(mask: Any, length: int) -> Tensor | None | bool:
+def _mask(mask: Any, length: int) -> Tensor | Literal[False] | None:
     """uint8 [length + 1], or None where all is seen; False for what is no such mask."""
     if mask is None:
         return None

@@ -91,23 +91,31 @@ namespace {
 
 struct Reading {
     const char *data;
-    std::atomic<uint64_t> sum;
+    int64_t apart;  // lines from one stream to the next
+    uint64_t sum;
 };
 
+// So many streams, each reading on where its last piece ended, as the rows of a product are read.
+template <int STREAMS>
 void read_range(void *context, int64_t begin, int64_t end) {
     Reading &reading = *(Reading *)context;
-    const uint64_t *data = (const uint64_t *)(reading.data + begin * 64);
-    uint64_t sums[8] = {};
-    for (int64_t i = 0; i < (end - begin) * 8; i += 8)
-        for (int k = 0; k < 8; k++) sums[k] ^= data[i + k];
-    reading.sum ^= sums[0] ^ sums[1] ^ sums[2] ^ sums[3] ^ sums[4] ^ sums[5] ^ sums[6] ^ sums[7];
+    uint64_t sums[STREAMS][8] = {};
+    for (int64_t line = begin; line < end; line++)
+        for (int s = 0; s < STREAMS; s++)
+            for (int k = 0; k < 8; k++) sums[s][k] ^= ((const uint64_t *)reading.data)[(s * reading.apart + line) * 8 + k];
+    uint64_t sum = 0;
+    for (const auto &stream : sums)
+        for (uint64_t k : stream) sum ^= k;
+    __atomic_fetch_xor(&reading.sum, sum, __ATOMIC_RELAXED);
 }
 
 }  // namespace
 
-// Reads so many lines of 64 bytes once, and returns their sum of a kind.
-extern "C" uint64_t losa_read(const void *data, int64_t lines, int32_t threads) {
-    Reading reading = {(const char *)data, {0}};
-    losa_parallel(lines, 4096, threads, read_range, &reading);
+// Reads so many lines of 64 bytes once, in 1, 2 or 4 streams (up to 3 lines at the end are left out), and returns their
+// sum of a kind.
+extern "C" uint64_t losa_read(const void *data, int64_t lines, int32_t streams, int32_t threads) {
+    Reading reading = {(const char *)data, lines / streams, 0};
+    const auto body = streams == 4 ? read_range<4> : streams == 2 ? read_range<2> : read_range<1>;
+    losa_parallel(reading.apart, 4096 / streams, threads, body, &reading);
     return reading.sum;
 }
