@@ -11,7 +11,7 @@ Parts: features (the dense model's outputs of every block; ours with the Gram ma
 the model as it stands, a pass of its own: ours needs that from the second step on only), pruning (with Wanda, and
 the blocks' errors), recovery (sequences of --length tokens, 4 at a time, an update every 8).
 
-Before anything is timed, both prune a few tokens at the authors' rates: their errors and the loss behind them must
+Before anything is timed, both prune two such blocks on short sequences, at the authors' rates: their errors and the loss behind them must
 agree to 1e-3. One line of JSON a part and round, wall and processor seconds and peak of anonymous memory of both sides,
 and the floor: operations that each side's products take at least, at the rate at which this machine multiplies.
 """
@@ -308,7 +308,7 @@ class Side:
 
 def check(args: argparse.Namespace) -> None:
     """Exits unless both sides make the same errors of the same rates, and the same loss of the model that is left."""
-    sides = [Side(name, args, length=16, error_tokens=0) for name in ("theirs", "ours")]
+    sides = [Side(name, args, blocks=2, length=16, error_tokens=0) for name in ("theirs", "ours")]
     theirs, ours = sides
     theirs.do("features")
     ours.do("features")
