@@ -345,10 +345,15 @@ def loading(args: argparse.Namespace, blocks: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         build(args.shape, blocks, 0.7).save_pretrained(folder)
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-        done = subprocess.run([sys.executable, "-c", LOADED, folder, "decode"], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", LOADED, folder, "decode"], check=True, capture_output=True, text=True
+        )
     before, loaded, decoded = (int(number) for number in done.stdout.split())
     line = {"benchmark": "loading", "shape": args.shape, "blocks": blocks, "bytes": size, "import": before}
-    line |= {"loaded_over_bytes": round((loaded - before) / size, 3), "decoded_over_bytes": round((decoded - before) / size, 3)}
+    line |= {
+        "loaded_over_bytes": round((loaded - before) / size, 3),
+        "decoded_over_bytes": round((decoded - before) / size, 3),
+    }
     print(json.dumps(line | {"own_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 

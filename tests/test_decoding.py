@@ -412,9 +412,10 @@ def test_is_copied_and_pickled_with_its_model() -> None:
         assert torch.equal(written(other), text) and other.forward.tokens == 29
         assert other.forward._whole() is other
     assert whole.forward.tokens == 29
-    assert list(inspect.signature(whole.forward).parameters) == list(
-        inspect.signature(transformers.LlamaForCausalLM.forward).parameters
-    )[1:]
+    assert (
+        list(inspect.signature(whole.forward).parameters)
+        == list(inspect.signature(transformers.LlamaForCausalLM.forward).parameters)[1:]
+    )
 
 
 def test_saves_the_same_after_decoding(tmp_path: Path) -> None:
