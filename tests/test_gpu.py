@@ -4,10 +4,12 @@ Triton must be told to interpret before it is first imported, and other librarie
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from losa import registry
 from losa.errors import LosaError
 from losa.sparse import gpu, kernels, semi_structured
 from losa.sparse.packed import DTYPES, Packed, pack, unpack
+from losa.sparse.reference import Reference
 
 HERE = Path(__file__).parent
 CUDA = torch.device("cuda")
@@ -201,6 +204,61 @@ def test_compressed_once_and_again_when_written_to(monkeypatch: pytest.MonkeyPat
     other = made(32, 64, torch.bfloat16, (2, 4))
     kernel.multiply(x, other)
     assert len(dense) == 3 and len(semi_structured._held) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ the benchmark
+
+
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_gpu", HERE.parent / "benchmarks" / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="there is no GPU"):
+        benchmark().main()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark with a CPU in the GPU's place and calls in that of a graph."""
+    module = benchmark()
+    monkeypatch.setattr(module, "CUDA", torch.device("cpu"))
+    monkeypatch.setattr(module, "captured", lambda calls: lambda: float(len([call() for call in calls])))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(name="none", L2_cache_size=4000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    arguments = ["gpu.py", "--shape", "32x64", "--rounds", "2", "--rows", "1", "9", "--values", "bfloat16", "int8"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--kernel", "reference"])
+    yield module
+    torch.set_grad_enabled(True)
+
+
+def test_the_benchmark_says_what_was_timed(on_cpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for pattern, results in (("unstructured", 8), ("2:4", 4)):
+        sys.argv[1:1] = ["--pattern", pattern]
+        on_cpu.main()
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert len(lines) == results and {line["pattern"] for line in lines} == {pattern}
+        for line in lines:
+            assert line["matrices"]["cublas_bf16"] * 32 * 64 * 2 >= 4 * 4000
+            dense, sparse = line["matrices"]["cublas_bf16"], line["matrices"]["reference"]
+            assert line["speedup_over_cublas_bf16"] == round(dense / sparse, 3)
+            assert line["bound"] > (
+                1 if line["values"] == "int8" else 0.8
+            )  # the padding weighs much in so small a matrix
+
+
+def test_the_benchmark_times_nothing_wrong(on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = Reference.multiply
+    monkeypatch.setattr(Reference, "multiply", lambda *args: multiply(*args) * 1.02)
+    with pytest.raises(SystemExit, match="reference disagrees with the reference"):
+        on_cpu.main()
 
 
 # --------------------------------------------------------------------------------------------------------- with a GPU
