@@ -10,6 +10,7 @@ holds is not run again. Perplexities do not depend on the number of threads beyo
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ from typing import Any
 
 RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = range(5)
+COMPARED = ("wanda", "sparsegpt")  # the pruners of the paper's comparison
 ONE_STEP = {"steps": 1, "mean_rank": 8.0}
 PRUNED = {"recovery": "none", "steps": 1}
 METHODS: dict[str, dict[str, Any]] = {
@@ -45,14 +47,21 @@ AFTER = {"pruned only": PRUNED, "LoSA": {}}  # the two states that allocators an
 def methods(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Every result of the paper's comparison: its key and its settings; one seed of everything first."""
     for seeds in (range(1), SEEDS):
-        for pruner in ("wanda", "sparsegpt"):
+        for pruner in COMPARED:
             for sparsity in (0.6, 0.7, 0.5):
-                for method, settings in METHODS.items():
+                for method in METHODS:
                     for seed in seeds:
-                        key = {"pruner": pruner, "sparsity": sparsity, "method": method, "seed": seed}
-                        rate = tuned(path, method)
-                        chosen = settings | {"pruner": pruner, "sparsity": sparsity, "seed": seed}
-                        yield {"phase": "test", **key, "rate": rate}, chosen | {"learning_rate": rate}
+                        yield one_method(path, pruner, sparsity, method, seed)
+
+
+def one_method(
+    path: Path, pruner: str, sparsity: float, method: str, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One result of the paper's comparison."""
+    key = {"pruner": pruner, "sparsity": sparsity, "method": method, "seed": seed}
+    rate = tuned(path, method)
+    chosen = METHODS[method] | {"pruner": pruner, "sparsity": sparsity, "seed": seed}
+    return {"phase": "test", **key, "rate": rate}, chosen | {"learning_rate": rate}
 
 
 def allocators(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -65,13 +74,17 @@ def allocators(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def pruners(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The paper's appendix E."""
-    for after, base in AFTER.items():
-        for name in ("wanda", "sparsegpt", "pruner-zero", "alps"):
-            chosen = base | {"pruner": name, "sparsity": 0.7, "learning_rate": tuned(path, "LoSA")}
+    """The paper's appendix E, one seed of everything first; the others of Wanda and SparseGPT are those of `methods`."""
+    for seeds in (range(1), range(1, 3)):
+        for after, name, seed in itertools.product(AFTER, ("wanda", "sparsegpt", "pruner-zero", "alps"), seeds):
+            if seed and name in COMPARED:
+                yield one_method(path, name, 0.7, after, seed)
+                continue
+            chosen = AFTER[after] | {"pruner": name, "sparsity": 0.7, "seed": seed}
             if after == "pruned only":
                 chosen["allocator"] = "uniform"
-            yield {"phase": "pruners", "after": after, "pruner": name}, chosen
+            key = {"phase": "pruners", "after": after, "pruner": name} | ({"seed": seed} if seed else {})
+            yield key, chosen | {"learning_rate": tuned(path, "LoSA")}
 
 
 COMPARISONS = {"methods": methods, "allocators": allocators, "pruners": pruners}
@@ -129,15 +142,18 @@ def tables(path: Path) -> None:
         ("allocators", "allocator", ("after", "sparsity")),
         ("pruners", "pruner", ("after",)),
     ):
-        found: dict[str, dict[str, list[float]]] = {}
+        found: dict[str, dict[str, dict[int, float]]] = {}
         for line in read(path).values():
-            if line["phase"] == phase:
+            # of the paper's comparison, two methods are the states that pruners are compared in
+            shared = line["phase"] == "test" and line["sparsity"] == 0.7 and line["method"] in AFTER
+            if line["phase"] == phase or (phase == "pruners" and shared):
+                line = {"after": line.get("method")} | line
                 column = " ".join(f"{line[c]:.0%}" if isinstance(line[c], float) else line[c] for c in columns)
-                found.setdefault(line[row], {}).setdefault(column, []).append(line["perplexity"])
+                found.setdefault(line[row], {}).setdefault(column, {})[line.get("seed", 0)] = line["perplexity"]
         names = sorted({column for cells in found.values() for column in cells})
         print("\n" + " | ".join(["", row, *names, ""]).strip() + "\n|" + "---|" * (len(names) + 1))
         for name, cells in found.items():
-            print(" | ".join(["", name, *(_cell(cells.get(column, [])) for column in names), ""]).strip())
+            print(" | ".join(["", name, *(_cell([*cells.get(column, {}).values()]) for column in names), ""]).strip())
 
 
 def _cell(values: list[float]) -> str:

@@ -14,7 +14,7 @@ import losa
 from losa import masks, pruning
 from losa.errors import LosaError
 from losa.patterns import NM, Amount
-from losa.pruners.alps import ALPS
+from losa.pruners.alps import ALPS, _factor, _solve_by
 from losa.pruners.sparsegpt import SparseGPT
 from losa.recipe import Recipe
 
@@ -122,6 +122,18 @@ def test_oracle(amount: Amount, nested: bool) -> None:
     np.testing.assert_array_equal(mask.numpy(), keep)
     assert (keep != oracle.largest(oracle.dense)).any() or nested, "magnitude would have chosen the same"
     np.testing.assert_allclose(array(pruned), oracle.solve(keep), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 128, 129, 300])
+def test_solved_by_blocks(columns: int) -> None:
+    """rows (H / rho + 1)^-1, in place, of any width."""
+    hessian, rows = np.cov(array(inputs(columns, tokens=200)).reshape(-1, columns).T).reshape(columns, columns), 5
+    right = draw(rows, columns, seed=0)
+    want = array(right) @ np.linalg.inv(hessian / 0.3 + np.eye(columns))
+    factor = torch.full((columns, columns), math.nan)
+    _factor(torch.tensor(hessian, dtype=torch.float32), 0.3, factor)
+    _solve_by(factor, right)
+    np.testing.assert_allclose(array(right), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("amount", CASES, ids=str)

@@ -80,7 +80,7 @@ class SparseGPT(Pruner):
         columns.index_fill_(0, dead.nonzero().squeeze(1), 0)
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         buffer = torch.empty_like(columns[:width])
-        for span in _spans(0, weight.shape[1], width):
+        for span in spans(0, weight.shape[1], width):
             errors, inside = buffer[: span.stop - span.start], None if within is None else within[:, span]
             _prune_columns(columns[span], upper[span, span], inside, amount, mask[:, span], errors)
             behind = slice(span.stop, None)
@@ -106,7 +106,7 @@ class SparseGPT(Pruner):
             lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
             if not int(failed):
                 upper = lower.flip(0, 1)
-                _invert(upper)
+                invert_upper(upper)
                 if finite(upper):
                     return upper, dead
         raise LosaError(
@@ -114,15 +114,15 @@ class SparseGPT(Pruner):
         )
 
 
-def _invert(upper: Tensor) -> None:
+def invert_upper(upper: Tensor) -> None:
     """Inverts an upper triangular matrix in place, by halves: to solve for the identity takes more than twice as long."""
     half = len(upper) // 2
     if len(upper) <= LEAF:
         upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True))
         return
     first, corner, last = upper[:half, :half], upper[:half, half:], upper[half:, half:]
-    _invert(first)
-    _invert(last)
+    invert_upper(first)
+    invert_upper(last)
     corner.addmm_(first, corner @ last, beta=0, alpha=-1)
 
 
@@ -136,7 +136,7 @@ def damped(diagonal: Tensor, least: float) -> Iterator[float]:
         yield added
 
 
-def _spans(start: int, stop: int, width: int) -> list[slice]:
+def spans(start: int, stop: int, width: int) -> list[slice]:
     return [slice(at, min(at + width, stop)) for at in range(start, stop, width)]
 
 
@@ -150,7 +150,7 @@ def _prune_columns(
     """
     width, scale = len(columns), factor.diagonal().unsqueeze(1)
     stride = amount.m if isinstance(amount, NM) else STRIDE
-    for done, step in enumerate(_spans(0, width, stride), 1):
+    for done, step in enumerate(spans(0, width, stride), 1):
         unit = step if isinstance(amount, NM) else slice(0, width)
         if step.start == unit.start:
             scores = (columns[unit] / scale[unit]).square_()
