@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         distributed.say_end(" ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:
-        distributed.say_end("interrupted; the same command with --resume goes on with a run")
+        distributed.say_end(f"interrupted; {again}")
         return 130
     except BrokenPipeError:
         return 1
