@@ -379,3 +379,22 @@ def test_what_a_model_cannot_do_is_said(
 def test_results_have_a_place_for_every_table() -> None:
     page = Path(__file__).parents[1] / "docs" / "results.md"
     show.check_markdown(page, list(TABLES))
+
+
+def test_interrupted(
+    llama: Path, out: Path, tiny: Settings, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "compress", interrupt)
+    assert run(llama, out, tiny, "rank-by", "--quiet") == 130
+    assert capsys.readouterr().err == "losa: interrupted; the same command goes on\n"
+
+
+def test_sizes_need_a_place_too(llama: Path, out: Path, tiny: Settings, tmp_path: Path, capsys: Any) -> None:
+    """What several models are compared in is never left out in silence."""
+    page = tmp_path / "page.md"
+    page.write_text("<!-- experiment cost --><!-- end -->")
+    both = ["--model", llama, "--model", "demo", "--output", out, "--markdown", page, "--cached"]
+    assert "has no place for 'cost by size'" in refused(capsys, "experiment", "cost", *both, *flags(tiny))

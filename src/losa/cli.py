@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Of several processes that torchrun started, rank 0 prints, and one says what went wrong.
     """
+    again = "the same command with --resume goes on with a run"
     try:
         if distributed.launched() > 1:
             distributed.say_when_ended()
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise registry.unknown("argument", unknown[0].partition("=")[0], flags)
         if distributed.launched() > 1 and args.command not in (_compress, _recover):
             raise LosaError(f"{args.parser.prog} runs in one process: torchrun is for losa compress and losa recover")
+        if args.command is _experiment:
+            again = "the same command goes on"
         with heeding_interrupts():
             summary = args.command(args)
         if args.json:
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         distributed.say_end(" ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:
-        distributed.say_end("interrupted; the same command with --resume goes on with a run")
+        distributed.say_end(f"interrupted; {again}")
         return 130
     except BrokenPipeError:
         return 1

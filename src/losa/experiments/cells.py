@@ -236,11 +236,13 @@ class Cells:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
             yield True
             path.unlink(missing_ok=True)
-        except BlockingIOError:
-            yield False
         finally:
             os.close(lock)
 

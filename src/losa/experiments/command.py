@@ -58,7 +58,7 @@ def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[
         base = asked.recipe or ("demo" if source == "demo" else "paper")
         cells += gather(source, chosen, base, flags, asked.seeds)
     if asked.markdown:
-        show.check_markdown(asked.markdown, [table.name for table in chosen])
+        show.check_markdown(asked.markdown, show.names(chosen, asked.models))
     possible = [cell for cell in cells if not cell.impossible]
     if asked.dry_run:
         return foretell(kept, cells)

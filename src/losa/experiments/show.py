@@ -44,6 +44,7 @@ SAID = (  # settings that the caption names, if all cells have them in common
     *("train_data", "train_samples", "train_length", "learning_rate", "epochs", "distill", "eval_data", "eval_tokens"),
 )
 END = "<!-- end -->"
+BY_SIZE = "cost by size"  # of several models
 COLUMNS = ["model", "table", "row", "column", "measure", "block", "mean", "deviation", "seeds"]
 
 
@@ -92,9 +93,15 @@ def collect(chosen: Sequence[Table], cells: Sequence[Cell], found: dict[str, dic
         for table in chosen:
             here = [cell for cell in cells if cell.source == source and any(t == table.name for t, _ in cell.places)]
             made.append(_grid(table, source, here, found))
-    if len(sources) > 1 and any(table.name == "cost" for table in chosen):
+    if BY_SIZE in names(chosen, sources):
         made.append(_by_size(sources, cells, found))
     return made
+
+
+def names(chosen: Sequence[Table], sources: Sequence[str]) -> list[str]:
+    """Of the tables that `collect` makes."""
+    by_size = len(set(sources)) > 1 and any(table.name == "cost" for table in chosen)
+    return [table.name for table in chosen] + ([BY_SIZE] if by_size else [])
 
 
 def _grid(table: Table, source: str, cells: list[Cell], found: dict[str, dict[str, Any]]) -> Grid:
@@ -231,12 +238,12 @@ def _by_size(sources: list[str], cells: Sequence[Cell], found: dict[str, dict[st
             ]
             line.append(_text(measure, values))
             if values:
-                table = Table("cost by size", "", {}, {})
+                table = Table(BY_SIZE, "", {}, {})
                 entries.append(_entry(table, source, "", "", measure, None, values))
         rows.append(line)
     header = ["model", *(NAMES[m][0] for m in ("parameters", "rates", "errors"))]
     title = "Rates and errors by the model's size; table 21"
-    return Grid("cost by size", "", title, "LoSA with Wanda.", header, rows, entries, [], [])
+    return Grid(BY_SIZE, "", title, "LoSA with Wanda.", header, rows, entries, [], [])
 
 
 # ------------------------------------------------------------------------------------------------------------ files
