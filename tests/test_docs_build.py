@@ -1,15 +1,21 @@
-"""The documentation is built, and mistakes in it are errors."""
+"""The documentation is built, mistakes in it are errors, and its example runs."""
 
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("sphinx", reason="pip install '.[docs]'")
-pytest.importorskip("furo", reason="pip install '.[docs]'")
-pytest.importorskip("myst_parser", reason="pip install '.[docs]'")
 DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture
+def tools() -> None:
+    """Skips where what builds is not installed."""
+    for name in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(name, reason="pip install '.[docs]'")
 
 
 def build(source: Path, output: Path) -> "subprocess.CompletedProcess[str]":
@@ -19,6 +25,7 @@ def build(source: Path, output: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.usefixtures("tools")
 def test_the_documentation_is_built(tmp_path: Path) -> None:
     done = build(DOCS, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -31,6 +38,7 @@ def test_the_documentation_is_built(tmp_path: Path) -> None:
         assert f'href="{page.stem}.html"' in (tmp_path / "index.html").read_text() or page.stem == "index", page
 
 
+@pytest.mark.usefixtures("tools")
 def test_mistakes_are_errors(tmp_path: Path) -> None:
     (tmp_path / "index.md").write_text(
         "# A page\n\n[nowhere](nowhere.md) [no heading](#none)\n\n"
@@ -40,3 +48,11 @@ def test_mistakes_are_errors(tmp_path: Path) -> None:
     assert done.returncode != 0
     for mistake in ("nowhere.md", "'none'", "losa.cli.build_parser has no docstring", "nonsense"):
         assert mistake in done.stderr, done.stderr
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cell after cell, as `python docs/example.py` does; it checks its own claims."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    runpy.run_path(str(DOCS / "example.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "sparsity is 1.5: must be at least 0 and below 1" in said and "MB without" in said
