@@ -240,11 +240,12 @@ class Reading:
     def seconds(self, tokens: int) -> float:
         import torch
 
+        from losa import bench
         from losa.sparse import cpu
 
         began = time.perf_counter()
         for _ in range(tokens):
-            cpu.function("losa_read")(self.room.data_ptr(), self.bytes // 64, 2, torch.get_num_threads())
+            cpu.function(f"losa_read_{bench.best_dense()}")(self.room.data_ptr(), self.bytes // 64, 4, torch.get_num_threads())
         return time.perf_counter() - began
 
 

@@ -201,7 +201,7 @@ def best_dense() -> str | None:
 def dense_product(symbol: str, x: Tensor, weight: Tensor) -> Tensor:
     """float32 [1, out] = x [1, in] W^T in native code; weight bf16 [out, in padded to a multiple of 64], contiguous."""
     out, columns = weight.shape
-    factor = F.pad(x, (0, columns - x.shape[1])).to(torch.bfloat16 if symbol == "avx512_bf16" else torch.float32)
+    factor = F.pad(x, (0, columns - x.shape[1])).float()
     y = torch.empty(1, out)
     call = cpu.function(f"losa_dense_{symbol}")
     call(weight.data_ptr(), factor.data_ptr(), y.data_ptr(), out, columns, torch.get_num_threads())
@@ -215,7 +215,7 @@ def _reading(packs: list[Packed]) -> dict[str, Opponent]:
         native.library()
     except native.Unavailable:
         return {"read": Opponent([p.values.view(torch.uint8).sum for p in packs], lines * 64)}
-    read, threads = cpu.function("losa_read"), torch.get_num_threads()
+    read, threads = cpu.function(f"losa_read_{best_dense()}"), torch.get_num_threads()
     addresses = [(p.values.data_ptr(), (p.kept + PAD) * p.values.element_size() // 64) for p in packs]
     return {
         f"read_{streams}": Opponent([partial(read, *address, streams, threads) for address in addresses], lines * 64)

@@ -7,7 +7,6 @@
 //
 // The source that includes this has defined, beside what product.h asks for,
 //
-//   LANES, load_floats(const float * or const uint16_t *), store_floats(float *, Vector)
 //   FORM, place(x, n, to, scale)   of each kind: what the kind's x is (enum Form), and n <= GROUP columns of it from floats
 //   Dense kinds                    with Value, Input, STEP, Weights, Inputs, Sum, all, load, none, add, total, FORM, place
 //   Kinds::call(matrix, body)      body(K()) with the kind K of a packed or a dense matrix
