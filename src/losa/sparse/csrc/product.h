@@ -244,10 +244,12 @@ int expand(const Matrix &weight, int64_t first, int64_t rows, void *tile, int64_
     return 0;
 }
 
+constexpr int ABREAST = 4;  // dense rows read at a time, a quarter of the matrix apart: two streams fetch a third less
+
 // y[r] = rows of a dense weight, `width` entries from row to row, a multiple of 64, times x, zero behind the last column.
 template <class K, int R>
 inline void dense_rows(const typename K::Value *const (&row)[R], const typename K::Input *x, int64_t width, float (&y)[R]) {
-    constexpr int CHAINS = 4;
+    constexpr int CHAINS = R == 4 ? 2 : 4;
     typename K::Sum sums[R][CHAINS];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < CHAINS; c++) sums[r][c] = K::none();
@@ -255,7 +257,7 @@ inline void dense_rows(const typename K::Value *const (&row)[R], const typename 
         UNROLL(8)
         for (int k = 0; k < 64 / K::STEP; k++) {
             const typename K::Inputs in = K::load(x + j + k * K::STEP);
-            UNROLL(2)
+            UNROLL(4)
             for (int r = 0; r < R; r++) K::add(sums[r][k % CHAINS], K::all(row[r] + j + k * K::STEP), in);
         }
     }
@@ -266,8 +268,7 @@ inline void dense_rows(const typename K::Value *const (&row)[R], const typename 
     }
 }
 
-// Opponents in benchmarks. A dense bf16 weight [out, in], `in` a multiple of 64, and one row of x; y in float. Two rows at a
-// time, half the matrix apart, as the packed ones are read.
+// Opponents in benchmarks. A dense bf16 weight [out, in], `in` a multiple of 64, and one row of x; y in float.
 struct Dense {
     const uint16_t *weight;
     const void *x;
@@ -279,16 +280,20 @@ template <class K>
 void dense_range(void *context, int64_t begin, int64_t end) {
     const Dense &d = *(const Dense *)context;
     const typename K::Input *x = (const typename K::Input *)d.x;
-    const int64_t half = d.out / 2;
+    const int64_t apart = d.out / ABREAST;
     for (int64_t i = begin; i < end; i++) {
-        if (i < half) {
-            float y[2];
-            dense_rows<K, 2>({d.weight + i * d.in, d.weight + (half + i) * d.in}, x, d.in, y);
-            d.y[i] = y[0], d.y[half + i] = y[1];
+        if (i < apart) {
+            float y[ABREAST];
+            const uint16_t *rows[ABREAST];
+            for (int r = 0; r < ABREAST; r++) rows[r] = d.weight + (r * apart + i) * d.in;
+            dense_rows<K, ABREAST>(rows, x, d.in, y);
+            for (int r = 0; r < ABREAST; r++) d.y[r * apart + i] = y[r];
         } else {
-            float y[1];
-            dense_rows<K, 1>({d.weight + 2 * half * d.in}, x, d.in, y);
-            d.y[2 * half] = y[0];
+            for (int64_t row = ABREAST * apart; row < d.out; row++) {
+                float y[1];
+                dense_rows<K, 1>({d.weight + row * d.in}, x, d.in, y);
+                d.y[row] = y[0];
+            }
         }
     }
 }
@@ -299,8 +304,8 @@ int dense(const uint16_t *weight, const float *x, float *y, int64_t out, int64_t
     if (!placed) return 1;
     for (int64_t j = 0; j < in; j += GROUP) K::place(x + j, in - j < GROUP ? in - j : GROUP, placed + j, nullptr);
     Dense d = {weight, placed, y, out, in};
-    const int64_t pairs = (out + 1) / 2;
-    losa_parallel(pairs, piece(pairs, threads), threads, dense_range<K>, &d);
+    const int64_t units = out / ABREAST + (out % ABREAST > 0);
+    losa_parallel(units, piece(units, threads), threads, dense_range<K>, &d);
     free(placed);
     return 0;
 }
