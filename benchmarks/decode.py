@@ -6,12 +6,13 @@
     python benchmarks/decode.py --only loading               # peak memory while a packed model is loaded
 
 Models are random: one matrix of each shape, copied for every block. In each round everyone decodes --tokens tokens behind a
-prompt of 8, by `generate`, transformers and llama.cpp too; what disagrees with the model's own forward is not timed.
+prompt of 8, by `generate`; a round's time is the median token's, and ratios are of the same round. What disagrees with the model's own forward is not timed.
 `bound`: of the ratio, if both read their weights at one speed. One line of JSON a result.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import resource
@@ -86,7 +87,7 @@ def write_gguf(path: Path, kind: str, shape: str, blocks: int) -> None:
 
 
 def serve(kind: str, shape: str, blocks: int, threads: int) -> None:
-    """In llama.cpp's interpreter: for every number on stdin, the seconds that so many tokens take."""
+    """In llama.cpp's interpreter: for every number on stdin, the seconds that each of so many tokens takes."""
     import llama_cpp
 
     with tempfile.TemporaryDirectory() as folder:
@@ -97,10 +98,16 @@ def serve(kind: str, shape: str, blocks: int, threads: int) -> None:
     for line in sys.stdin:
         model.reset()
         model.eval(list(range(3, 3 + PROMPT)))
-        began = time.perf_counter()
+        times = [time.perf_counter()]
         for token in range(int(line)):
             model.eval([100 + token])
-        print(time.perf_counter() - began, flush=True)
+            times.append(time.perf_counter())
+        print(*between(times), flush=True)
+
+
+def between(times: list[float]) -> list[float]:
+    """What lies between neighbours."""
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 class LlamaCpp:
@@ -114,10 +121,10 @@ class LlamaCpp:
         if self._answer() != "ready":
             raise RuntimeError(f"llama.cpp does not start with {kind}")
 
-    def seconds(self, tokens: int) -> float:
+    def seconds(self, tokens: int) -> list[float]:
         assert self.process.stdin
         print(tokens, file=self.process.stdin, flush=True)
-        return float(self._answer())
+        return [float(number) for number in self._answer().split()]
 
     def _answer(self) -> str:
         assert self.process.stdout
@@ -190,7 +197,7 @@ class Ours:
         self.whole, self.own = whole, own
         self.bytes = bytes_read(whole)
 
-    def seconds(self, tokens: int) -> float:
+    def seconds(self, tokens: int) -> list[float]:
         import torch
         from transformers.generation.streamers import BaseStreamer
 
@@ -207,7 +214,7 @@ class Ours:
         ids = torch.arange(3, 3 + PROMPT)[None]
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         self.whole.generate(ids, max_new_tokens=tokens + 1, streamer=Clock(), **options)
-        return times[-1] - times[-1 - tokens]
+        return between(times)[-tokens:]  # the prompt comes first
 
     def check(self) -> None:
         """Raise RuntimeError if native decoding disagrees with the model's own forward."""
@@ -237,15 +244,18 @@ class Reading:
         self.bytes = 2**29
         self.room = Pages([self.bytes]).put(torch.ones(self.bytes // 8, dtype=torch.int64))
 
-    def seconds(self, tokens: int) -> float:
+    def seconds(self, tokens: int) -> list[float]:
         import torch
 
+        from losa import bench
         from losa.sparse import cpu
 
-        began = time.perf_counter()
+        read = cpu.function(f"losa_read_{bench.best_dense()}")
+        times = [time.perf_counter()]
         for _ in range(tokens):
-            cpu.function("losa_read")(self.room.data_ptr(), self.bytes // 64, 2, torch.get_num_threads())
-        return time.perf_counter() - began
+            read(self.room.data_ptr(), self.bytes // 64, 4, torch.get_num_threads())
+            times.append(time.perf_counter())
+        return between(times)
 
 
 def decoding(args: argparse.Namespace, blocks: int) -> None:
@@ -270,9 +280,9 @@ def decoding(args: argparse.Namespace, blocks: int) -> None:
     for turn in range(args.rounds + 1):
         for name, one in who.items():
             time.sleep(PAUSE)
-            took = one.seconds(args.tokens)
+            took = statistics.median(one.seconds(args.tokens))
             if turn:  # the first warms up
-                times[name].append(took / args.tokens)
+                times[name].append(took)
     base = "llama.cpp BF16" if args.llama else "dense"
     for name, one in who.items():
         line = {

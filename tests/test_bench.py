@@ -144,7 +144,7 @@ def test_every_dense_opponent_is_right() -> None:
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_a_reader_reads_all(streams: int) -> None:
     data = torch.zeros(4 * 5000 * 8, dtype=torch.int64)
-    read = cpu.function("losa_read")
+    read = cpu.function(f"losa_read_{bench.best_dense()}")
     for place in (0, 8 * 5000 + 3, len(data) - 1):
         data[place] = 77
         assert read(data.data_ptr(), len(data) // 8, streams, 2) == 77

@@ -22,6 +22,7 @@ from losa.errors import LosaError
 from losa.registry import unknown
 from losa.sparse import cpu, kernels, native, reference
 from losa.sparse.packed import DTYPES, PAD, Packed, pack, unpack
+from losa.sparse.pages import Pages
 
 DRAWN = 8
 CACHES = 4  # times the last-level cache, so much of distinct matrices
@@ -88,6 +89,7 @@ def _compare(
     packs = _packs(out, columns, sparsity, values, CACHES * cache)
     choice = kernels.choose(packs[0], dtype, torch.device("cpu"), name)
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packs = [_in_pages(packed) for packed in packs]
     opponents = _opponents(packs, x, choice.kernel, CACHES * cache)
     times = _times(opponents, rounds)
     milliseconds = {who: round(statistics.median(ms for ms in t if ms), 4) for who, t in times.items()}
@@ -156,6 +158,27 @@ def _packs(out: int, columns: int, sparsity: float, values: torch.dtype, total: 
     return packs
 
 
+def _in_pages(packed: Packed) -> Packed:
+    """Its tensors in huge pages, where decoding has them too: ordinary ones cost whoever reads fast the most."""
+    pages = Pages([tensor.nbytes for tensor in packed.tensors().values()])
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else pages.put(tensor)
+
+    return Packed(
+        pages.put(packed.values),
+        pages.put(packed.mask),
+        moved(packed.offsets),
+        moved(packed.scales),
+        packed.in_features,
+        packed.nm,
+    )
+
+
+def _paged(weight: Tensor) -> Tensor:
+    return Pages([weight.nbytes]).put(weight)
+
+
 def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: int) -> dict[str, Opponent]:
     """All of them, each found to agree with the reference in its own precision."""
     wanted = [reference.multiply(x.float(), packed) for packed in packs[:DRAWN]]
@@ -173,14 +196,14 @@ def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: in
     exact = x.dtype == torch.float32 and packs[0].values.dtype != torch.int8
     precision = torch.float32 if exact else torch.bfloat16
     found = {"losa": Opponent(agree(chosen.name, calls, precision), packs[0].layout.bytes)}
-    dense = [unpack(p, torch.bfloat16)[0] for p in packs[: max(2, -(-total // (out * columns * 2)))]]
+    dense = [_paged(unpack(p, torch.bfloat16)[0]) for p in packs[: max(2, -(-total // (out * columns * 2)))]]
     calls = [partial(F.linear, x.bfloat16(), w) for w in dense]
     found["torch_bf16"] = Opponent(agree("torch's bf16 product", calls, torch.bfloat16), out * columns * 2)
-    single = [unpack(p, torch.float32)[0] for p in packs[: max(2, -(-total // (out * columns * 4)))]]
+    single = [_paged(unpack(p, torch.float32)[0]) for p in packs[: max(2, -(-total // (out * columns * 4)))]]
     calls = [partial(F.linear, x.float(), w) for w in single]
     found["torch_fp32"] = Opponent(agree("torch's fp32 product", calls, torch.float32), out * columns * 4)
     if len(x) == 1 and (symbol := best_dense()):
-        padded = [F.pad(w, (0, -columns % 64)) if columns % 64 else w for w in dense]
+        padded = [_paged(F.pad(w, (0, -columns % 64))) if columns % 64 else w for w in dense]
         calls = [partial(dense_product, symbol, x, w) for w in padded]
         agreed = agree("the native dense product", calls, torch.bfloat16)
         found[f"{symbol}_dense_bf16"] = Opponent(agreed, padded[0].numel() * 2)
@@ -201,7 +224,7 @@ def best_dense() -> str | None:
 def dense_product(symbol: str, x: Tensor, weight: Tensor) -> Tensor:
     """float32 [1, out] = x [1, in] W^T in native code; weight bf16 [out, in padded to a multiple of 64], contiguous."""
     out, columns = weight.shape
-    factor = F.pad(x, (0, columns - x.shape[1])).to(torch.bfloat16 if symbol == "avx512_bf16" else torch.float32)
+    factor = F.pad(x, (0, columns - x.shape[1])).float()
     y = torch.empty(1, out)
     call = cpu.function(f"losa_dense_{symbol}")
     call(weight.data_ptr(), factor.data_ptr(), y.data_ptr(), out, columns, torch.get_num_threads())
@@ -215,7 +238,7 @@ def _reading(packs: list[Packed]) -> dict[str, Opponent]:
         native.library()
     except native.Unavailable:
         return {"read": Opponent([p.values.view(torch.uint8).sum for p in packs], lines * 64)}
-    read, threads = cpu.function("losa_read"), torch.get_num_threads()
+    read, threads = cpu.function(f"losa_read_{best_dense()}"), torch.get_num_threads()
     addresses = [(p.values.data_ptr(), (p.kept + PAD) * p.values.element_size() // 64) for p in packs]
     return {
         f"read_{streams}": Opponent([partial(read, *address, streams, threads) for address in addresses], lines * 64)

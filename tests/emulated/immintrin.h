@@ -79,6 +79,9 @@ inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
     return each<float, __m512>([&](int i) { return lane<float>(a, i) * lane<float>(b, i); });
 }
+inline __m512 _mm512_xor_ps(__m512 a, __m512 b) {
+    return each<uint32_t, __m512>([&](int i) { return lane<uint32_t>(a, i) ^ lane<uint32_t>(b, i); });
+}
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
     return each<uint32_t, __m512i>([&](int i) { return lane<uint32_t>(a, i) + lane<uint32_t>(b, i); });
 }

@@ -177,7 +177,7 @@ class Table:
         return made
 
     def _place(self, x: Tensor, linear: Linear, columns: int) -> tuple[int, int]:
-        to = self._buffer(-(-columns // COLUMNS) * COLUMNS // 2)  # two bytes a column
+        to = self._buffer(columns)  # four bytes a column, of which some forms need two
         scales = self._buffer(-(-columns // GROUP))
         linear.x, linear.scales = to.data_ptr(), scales.data_ptr()
         self._add(PLACE, (linear,), x=x, n=columns)

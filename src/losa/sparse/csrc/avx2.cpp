@@ -18,6 +18,15 @@ inline float sum(Vector v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+inline Vector mixed(Vector a, Vector b) { return _mm256_xor_ps(a, b); }
+
+constexpr int LANES = 8;
+inline Vector load_floats(const float *from) { return _mm256_loadu_ps(from); }
+inline Vector load_floats(const uint16_t *from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16));
+}
+inline void store_floats(float *to, Vector v) { _mm256_storeu_ps(to, v); }
+
 }  // namespace
 
 #include "product.h"
@@ -93,9 +102,6 @@ struct KindBF16 : Floats {  // the upper half of a float
         const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)v));
         return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, look_up(SPREAD16, mask)));
     }
-    static Weights all(const uint16_t *v) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)v)), 16));
-    }
 };
 
 struct KindF16 : Floats {
@@ -126,8 +132,30 @@ struct KindI8 : Floats {  // q in the upper byte of an integer: q * 2^24, exact 
     static void put(Weights w, float scale, float *to) { _mm256_storeu_ps(to, _mm256_mul_ps(w, splat(scale * 0x1p-24f))); }
 };
 
-struct DenseBF16 : KindBF16 {
+struct DenseBF16 {  // the even columns of 16 are the lower halves of 8 words: a shift makes them floats, a mask the odd ones
+    typedef uint16_t Value;
+    typedef float Input;
+    struct Weights {
+        __m256i both;
+    };
+    struct Inputs {
+        __m256 even, odd;
+    };
+    typedef __m256 Sum;
+    static constexpr int STEP = 16, PER_COLUMN = 1;
     static constexpr bool DENSE = true;
+    static constexpr Form FORM = SPLIT;
+    static Weights all(const uint16_t *v) { return {_mm256_loadu_si256((const __m256i *)v)}; }
+    static Inputs load(const float *x) { return {Floats::load(x), Floats::load(x + 8)}; }
+    static Sum none() { return zero(); }
+    static void add(Sum &sum, Weights w, Inputs x) {
+        sum = fma(_mm256_castsi256_ps(_mm256_slli_epi32(w.both, 16)), x.even, sum);
+        sum = fma(_mm256_castsi256_ps(_mm256_and_si256(w.both, _mm256_set1_epi32((int)0xffff0000))), x.odd, sum);
+    }
+    static Vector total(Sum sum) { return sum; }
+    static void place(const float *x, int64_t n, float *to, float *) {
+        for (int64_t j = 0; j < n; j++) to[j / 16 * 16 + j % 2 * 8 + j % 16 / 2] = x[j];
+    }
 };
 
 struct DenseF32 : KindF32 {
@@ -147,14 +175,10 @@ struct Kinds {
     }
 };
 
-constexpr int LANES = 8;
-inline Vector load_floats(const float *v) { return _mm256_loadu_ps(v); }
-inline Vector load_floats(const uint16_t *v) { return KindBF16::all(v); }
-inline void store_floats(float *to, Vector v) { _mm256_storeu_ps(to, v); }
-
 }  // namespace
 
 #include "steps.h"
 
 LOSA_KERNEL(avx2)
 LOSA_DECODER(avx2)
+LOSA_OPPONENTS(avx2)

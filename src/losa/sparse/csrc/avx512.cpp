@@ -83,3 +83,4 @@ struct Kinds {
 
 LOSA_KERNEL(avx512)
 LOSA_DECODER(avx512)
+LOSA_OPPONENTS(avx512)

@@ -170,6 +170,7 @@ struct ExpandI8 {  // rounded to bfloat16 once multiplied by its scale
 #include "steps.h"
 
 LOSA_DECODER(avx512_bf16)
+LOSA_OPPONENTS(avx512_bf16)
 
 extern "C" int losa_multiply_avx512_bf16(const Call *call) {
     return call->weight.type == I8 ? product<KindI8>(*call) : product<KindBF16>(*call);
@@ -178,8 +179,4 @@ extern "C" int losa_multiply_avx512_bf16(const Call *call) {
 extern "C" int losa_expand_avx512_bf16_bf16(const Matrix *weight, int64_t first, int64_t rows, void *tile, int64_t stride, int32_t threads) {
     return weight->type == I8 ? expand<ExpandI8>(*weight, first, rows, tile, stride, threads)
                               : expand<KindBF16>(*weight, first, rows, tile, stride, threads);
-}
-
-extern "C" int losa_dense_avx512_bf16(const uint16_t *weight, const void *x, float *y, int64_t out, int64_t in, int32_t threads) {
-    return dense<KindBF16>(weight, x, y, out, in, threads);
 }

@@ -1,4 +1,4 @@
-// What is no instruction set's own: what the processor has, threads, and the reading speed that benchmarks compare with.
+// What is no instruction set's own: what the processor has, and threads.
 #include "losa.h"
 
 #include <atomic>
@@ -85,37 +85,4 @@ extern "C" const char *losa_features(void) {
         return names;
     }();
     return found.c_str();
-}
-
-namespace {
-
-struct Reading {
-    const char *data;
-    int64_t apart;  // lines from one stream to the next
-    uint64_t sum;
-};
-
-// So many streams, each reading on where its last piece ended, as the rows of a product are read.
-template <int STREAMS>
-void read_range(void *context, int64_t begin, int64_t end) {
-    Reading &reading = *(Reading *)context;
-    uint64_t sums[STREAMS][8] = {};
-    for (int64_t line = begin; line < end; line++)
-        for (int s = 0; s < STREAMS; s++)
-            for (int k = 0; k < 8; k++) sums[s][k] ^= ((const uint64_t *)reading.data)[(s * reading.apart + line) * 8 + k];
-    uint64_t sum = 0;
-    for (const auto &stream : sums)
-        for (uint64_t k : stream) sum ^= k;
-    __atomic_fetch_xor(&reading.sum, sum, __ATOMIC_RELAXED);
-}
-
-}  // namespace
-
-// Reads so many lines of 64 bytes once, in 1, 2 or 4 streams (up to 3 lines at the end are left out), and returns their
-// sum of a kind.
-extern "C" uint64_t losa_read(const void *data, int64_t lines, int32_t streams, int32_t threads) {
-    Reading reading = {(const char *)data, lines / streams, 0};
-    const auto body = streams == 4 ? read_range<4> : streams == 2 ? read_range<2> : read_range<1>;
-    losa_parallel(reading.apart, 4096 / streams, threads, body, &reading);
-    return reading.sum;
 }

@@ -22,6 +22,27 @@ inline float sum(const Vector &v) {
     const float *f = v.lane;
     return ((f[0] + f[4]) + (f[2] + f[6])) + ((f[1] + f[5]) + (f[3] + f[7]));
 }
+inline Vector mixed(const Vector &a, const Vector &b) {
+    Vector v;
+    uint32_t bits[2][8];
+    memcpy(bits[0], a.lane, 32), memcpy(bits[1], b.lane, 32);
+    for (int i = 0; i < 8; i++) bits[0][i] ^= bits[1][i];
+    memcpy(v.lane, bits[0], 32);
+    return v;
+}
+
+constexpr int LANES = 8;
+inline Vector load_floats(const float *from) {
+    Vector v;
+    memcpy(v.lane, from, sizeof v.lane);
+    return v;
+}
+inline Vector load_floats(const uint16_t *from) {
+    Vector v;
+    for (int i = 0; i < LANES; i++) v.lane[i] = bf16_float(from[i]);
+    return v;
+}
+inline void store_floats(float *to, const Vector &v) { memcpy(to, v.lane, sizeof v.lane); }
 
 }  // namespace
 
@@ -120,18 +141,10 @@ struct Kinds {
     }
 };
 
-constexpr int LANES = 8;
-template <class T>
-inline Vector load_floats(const T *v) {
-    Vector f;
-    for (int i = 0; i < LANES; i++) f.lane[i] = sizeof(T) == 4 ? (float)v[i] : bf16_float((uint16_t)v[i]);
-    return f;
-}
-inline void store_floats(float *to, const Vector &v) { memcpy(to, v.lane, sizeof v.lane); }
-
 }  // namespace
 
 #include "steps.h"
 
 LOSA_KERNEL(portable)
 LOSA_DECODER(portable)
+LOSA_OPPONENTS(portable)

@@ -1,6 +1,7 @@
 // The product with a packed weight, and its expansion, for any instruction set. The source that includes this has defined
 //
-//   Vector                       lanes of floats; zero(), splat(f), fma(a, b, c) = a b + c, sum(Vector) -> float
+//   Vector                       LANES floats; zero(), splat(f), fma(a, b, c) = a b + c, sum(Vector) -> float, mixed(a, b): any
+//                                function of all their bits; load_floats(const float * or const uint16_t *), store_floats(to, v)
 //
 // and for each type of values a kind K with
 //
@@ -29,7 +30,8 @@
 
 namespace {
 
-enum Form : int32_t { FLOATS, HALVES, FIXED };  // of x: floats; bfloat16; 16-bit fixed point with scales
+// Of x: floats; of each 16 floats the even ones first; bfloat16; 16-bit fixed point with scales.
+enum Form : int32_t { FLOATS, SPLIT, HALVES, FIXED };
 
 constexpr int TOGETHER = 4;  // rows of x that share one expansion; the next four read the weights from the nearest cache
 
@@ -242,10 +244,12 @@ int expand(const Matrix &weight, int64_t first, int64_t rows, void *tile, int64_
     return 0;
 }
 
+constexpr int ABREAST = 4;  // dense rows read at a time, a quarter of the matrix apart: two streams fetch a third less
+
 // y[r] = rows of a dense weight, `width` entries from row to row, a multiple of 64, times x, zero behind the last column.
 template <class K, int R>
 inline void dense_rows(const typename K::Value *const (&row)[R], const typename K::Input *x, int64_t width, float (&y)[R]) {
-    constexpr int CHAINS = 4;
+    constexpr int CHAINS = R == 4 ? 2 : 4;
     typename K::Sum sums[R][CHAINS];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < CHAINS; c++) sums[r][c] = K::none();
@@ -253,7 +257,7 @@ inline void dense_rows(const typename K::Value *const (&row)[R], const typename 
         UNROLL(8)
         for (int k = 0; k < 64 / K::STEP; k++) {
             const typename K::Inputs in = K::load(x + j + k * K::STEP);
-            UNROLL(2)
+            UNROLL(4)
             for (int r = 0; r < R; r++) K::add(sums[r][k % CHAINS], K::all(row[r] + j + k * K::STEP), in);
         }
     }
@@ -264,8 +268,7 @@ inline void dense_rows(const typename K::Value *const (&row)[R], const typename 
     }
 }
 
-// The opponent in benchmarks: a dense bf16 weight [out, in], `in` a multiple of 64, and one row of x; y in float. Two rows
-// at a time, half the matrix apart, as the packed ones are read.
+// Opponents in benchmarks. A dense bf16 weight [out, in], `in` a multiple of 64, and one row of x; y in float.
 struct Dense {
     const uint16_t *weight;
     const void *x;
@@ -277,26 +280,73 @@ template <class K>
 void dense_range(void *context, int64_t begin, int64_t end) {
     const Dense &d = *(const Dense *)context;
     const typename K::Input *x = (const typename K::Input *)d.x;
-    const int64_t half = d.out / 2;
+    const int64_t apart = d.out / ABREAST;
     for (int64_t i = begin; i < end; i++) {
-        if (i < half) {
-            float y[2];
-            dense_rows<K, 2>({d.weight + i * d.in, d.weight + (half + i) * d.in}, x, d.in, y);
-            d.y[i] = y[0], d.y[half + i] = y[1];
+        if (i < apart) {
+            float y[ABREAST];
+            const uint16_t *rows[ABREAST];
+            for (int r = 0; r < ABREAST; r++) rows[r] = d.weight + (r * apart + i) * d.in;
+            dense_rows<K, ABREAST>(rows, x, d.in, y);
+            for (int r = 0; r < ABREAST; r++) d.y[r * apart + i] = y[r];
         } else {
-            float y[1];
-            dense_rows<K, 1>({d.weight + 2 * half * d.in}, x, d.in, y);
-            d.y[2 * half] = y[0];
+            for (int64_t row = ABREAST * apart; row < d.out; row++) {
+                float y[1];
+                dense_rows<K, 1>({d.weight + row * d.in}, x, d.in, y);
+                d.y[row] = y[0];
+            }
         }
     }
 }
 
 template <class K>
-int dense(const uint16_t *weight, const void *x, float *y, int64_t out, int64_t in, int32_t threads) {
-    Dense d = {weight, x, y, out, in};
-    const int64_t pairs = (out + 1) / 2;
-    losa_parallel(pairs, piece(pairs, threads), threads, dense_range<K>, &d);
+int dense(const uint16_t *weight, const float *x, float *y, int64_t out, int64_t in, int32_t threads) {
+    typename K::Input *placed = (typename K::Input *)aligned_alloc(64, (size_t)in * sizeof(typename K::Input));
+    if (!placed) return 1;
+    for (int64_t j = 0; j < in; j += GROUP) K::place(x + j, in - j < GROUP ? in - j : GROUP, placed + j, nullptr);
+    Dense d = {weight, placed, y, out, in};
+    const int64_t units = out / ABREAST + (out % ABREAST > 0);
+    losa_parallel(units, piece(units, threads), threads, dense_range<K>, &d);
+    free(placed);
     return 0;
+}
+
+struct Reading {
+    const char *data;
+    int64_t apart;  // lines from one stream to the next
+    uint64_t sum;
+};
+
+template <int STREAMS>
+void read_range(void *context, int64_t begin, int64_t end) {
+    Reading &reading = *(Reading *)context;
+    constexpr int STEPS = 16 / LANES;
+    Vector sums[STREAMS][STEPS];
+    for (int s = 0; s < STREAMS; s++)
+        for (int k = 0; k < STEPS; k++) sums[s][k] = zero();
+    for (int64_t line = begin; line < end; line++) {
+        UNROLL(4)
+        for (int s = 0; s < STREAMS; s++) {
+            const float *from = (const float *)(reading.data + (s * reading.apart + line) * 64);
+            UNROLL(2)
+            for (int k = 0; k < STEPS; k++) sums[s][k] = mixed(sums[s][k], load_floats(from + k * LANES));
+        }
+    }
+    uint64_t sum = 0, parts[LANES / 2];
+    for (int s = 0; s < STREAMS; s++) {
+        for (int k = 0; k < STEPS; k++) {
+            store_floats((float *)parts, sums[s][k]);
+            for (uint64_t part : parts) sum ^= part;
+        }
+    }
+    __atomic_fetch_xor(&reading.sum, sum, __ATOMIC_RELAXED);
+}
+
+// Reads so many lines of 64 bytes once, in 1, 2 or 4 streams (up to 3 lines at the end are left out): `sum` of what was read.
+inline uint64_t read(const void *data, int64_t lines, int32_t streams, int32_t threads) {
+    Reading reading = {(const char *)data, lines / streams, 0};
+    const auto body = streams == 4 ? read_range<4> : streams == 2 ? read_range<2> : read_range<1>;
+    losa_parallel(reading.apart, 4096 / streams, threads, body, &reading);
+    return reading.sum;
 }
 
 }  // namespace
@@ -321,8 +371,13 @@ int dense(const uint16_t *weight, const void *x, float *y, int64_t out, int64_t 
             case I8: return expand<KindI8>(*weight, first, rows, tile, stride, threads);                                \
         }                                                                                                               \
         return 2;                                                                                                       \
-    }                                                                                                                   \
-    extern "C" int losa_dense_##name(const uint16_t *weight, const void *x, float *y, int64_t out, int64_t in,          \
+    }
+
+#define LOSA_OPPONENTS(name)                                                                                            \
+    extern "C" int losa_dense_##name(const uint16_t *weight, const float *x, float *y, int64_t out, int64_t in,         \
                                      int32_t threads) {                                                                 \
-        return dense<KindBF16>(weight, x, y, out, in, threads);                                                         \
+        return dense<DenseBF16>(weight, x, y, out, in, threads);                                                        \
+    }                                                                                                                   \
+    extern "C" uint64_t losa_read_##name(const void *data, int64_t lines, int32_t streams, int32_t threads) {           \
+        return read(data, lines, streams, threads);                                                                     \
     }

@@ -7,7 +7,6 @@
 //
 // The source that includes this has defined, beside what product.h asks for,
 //
-//   LANES, load_floats(const float * or const uint16_t *), store_floats(float *, Vector)
 //   FORM, place(x, n, to, scale)   of each kind: what the kind's x is (enum Form), and n <= GROUP columns of it from floats
 //   Dense kinds                    with Value, Input, STEP, Weights, Inputs, Sum, all, load, none, add, total, FORM, place
 //   Kinds::call(matrix, body)      body(K()) with the kind K of a packed or a dense matrix
@@ -193,52 +192,75 @@ inline void rows_of(const Linear *const (&linear)[R], const int64_t (&row)[R], f
         if (linear[r]->bias) y[r] += linear[r]->bias[row[r]];
 }
 
-inline int64_t pairs_of(const Linear &l) { return (l.weight.out + 1) / 2; }
+// Rows that are read together: pieces are counted in them. The rows of a unit are as far apart as can be, see product_range.
+inline int64_t together(const Linear &l) { return l.weight.mask ? 2 : ABREAST; }
+inline int64_t units_of(const Linear &l) { return (l.weight.out + together(l) - 1) / together(l); }
+
+template <class K, int R>
+inline void put(const Linear &l, bool adds, const int64_t (&row)[R]) {
+    const Linear *from[R];
+    for (int r = 0; r < R; r++) from[r] = &l;
+    float y[R];
+    rows_of<K, R>(from, row, y);
+    for (int r = 0; r < R; r++) l.y[row[r]] = adds ? l.y[row[r]] + y[r] : y[r];
+}
 
 void multiply(const Linear &l, bool adds, int64_t begin, int64_t end) {
-    const int64_t half = l.weight.out / 2;
     Kinds::call(l.weight, [&](auto kind) {
         typedef decltype(kind) K;
+        constexpr int R = K::DENSE ? ABREAST : 2;
+        const int64_t apart = l.weight.out / R;
         for (int64_t i = begin; i < end; i++) {
-            if (i < half) {
-                float y[2];
-                rows_of<K, 2>({&l, &l}, {i, half + i}, y);
-                l.y[i] = adds ? l.y[i] + y[0] : y[0];
-                l.y[half + i] = adds ? l.y[half + i] + y[1] : y[1];
+            if (i < apart) {
+                int64_t rows[R];
+                for (int r = 0; r < R; r++) rows[r] = r * apart + i;
+                put<K, R>(l, adds, rows);
             } else {
-                float y[1];
-                rows_of<K, 1>({&l}, {2 * half}, y);
-                l.y[2 * half] = adds ? l.y[2 * half] + y[0] : y[0];
+                for (int64_t row = R * apart; row < l.weight.out; row++) put<K, 1>(l, adds, {row});
             }
         }
     });
 }
 
 inline bool alike(const Matrix &a, const Matrix &b) {  // of one kind, so that one pass can read both
-    return a.type == b.type && !a.mask == !b.mask && !a.sums == !b.sums && a.in == b.in && a.per_row == b.per_row;
+    return a.type == b.type && !a.mask == !b.mask && !a.sums == !b.sums;
 }
 
+inline float gated(float g, float up) { return g / (1 + exponential(-g)) * up; }
+
+// Rows begin to end of a half of both weights; dense ones with those of the other half, for four streams.
 void gate(const Step &s, int64_t begin, int64_t end) {
     const Linear &a = s.linear[0], &b = s.linear[1];
-    const auto gated = [](float g, float up) { return g / (1 + exponential(-g)) * up; };
-    const bool together = a.weight.mask ? alike(a.weight, b.weight) || (b.weight.mask && a.weight.type == b.weight.type)
-                                        : alike(a.weight, b.weight);
-    if (together) {
-        Kinds::call(a.weight, [&](auto kind) {
-            for (int64_t i = begin; i < end; i++) {
-                float y[2];
-                rows_of<decltype(kind), 2>({&a, &b}, {i, i}, y);
-                a.y[i] = gated(y[0], y[1]);
+    const int64_t half = (a.weight.out + 1) / 2;
+    if (!alike(a.weight, b.weight)) {
+        for (int64_t i = begin; i < end; i++) {
+            for (int64_t row = i; row < a.weight.out; row += half) {
+                float y[2][1] = {};
+                Kinds::call(a.weight, [&](auto kind) { rows_of<decltype(kind), 1>({&a}, {row}, y[0]); });
+                Kinds::call(b.weight, [&](auto kind) { rows_of<decltype(kind), 1>({&b}, {row}, y[1]); });
+                a.y[row] = gated(y[0][0], y[1][0]);
             }
-        });
+        }
         return;
     }
-    for (int64_t i = begin; i < end; i++) {
-        float y[2][1] = {};
-        Kinds::call(a.weight, [&](auto kind) { rows_of<decltype(kind), 1>({&a}, {i}, y[0]); });
-        Kinds::call(b.weight, [&](auto kind) { rows_of<decltype(kind), 1>({&b}, {i}, y[1]); });
-        a.y[i] = gated(y[0][0], y[1][0]);
-    }
+    Kinds::call(a.weight, [&](auto kind) {
+        typedef decltype(kind) K;
+        for (int64_t i = begin; i < end; i++) {
+            if constexpr (K::DENSE) {
+                if (half + i < a.weight.out) {
+                    float y[4];
+                    rows_of<K, 4>({&a, &b, &a, &b}, {i, i, half + i, half + i}, y);
+                    a.y[i] = gated(y[0], y[1]), a.y[half + i] = gated(y[2], y[3]);
+                    continue;
+                }
+            }
+            for (int64_t row = i; row < a.weight.out; row += half) {
+                float y[2];
+                rows_of<K, 2>({&a, &b}, {row, row}, y);
+                a.y[row] = gated(y[0], y[1]);
+            }
+        }
+    });
 }
 
 inline void place(const Step &s, int64_t piece) {
@@ -252,8 +274,8 @@ inline void place(const Step &s, int64_t piece) {
     });
 }
 
-// Rows (pairs of them) of a linear that a thread takes at a time.
-inline int64_t share(int64_t rows, const Plan &plan) { return piece(rows, plan.threads); }
+// How many units of rows a thread takes at a time.
+inline int64_t share(int64_t units, const Plan &plan) { return piece(units, plan.threads); }
 
 inline int64_t pieces(const Plan &plan, const Step &s) {
     int64_t total = 0;
@@ -263,13 +285,13 @@ inline int64_t pieces(const Plan &plan, const Step &s) {
         case PLACE: return (s.n + PLACED - 1) / PLACED;
         case ATTEND: return s.kv_heads;
         case GATE: {
-            const int64_t rows = s.linear[0].weight.out;
+            const int64_t rows = (s.linear[0].weight.out + 1) / 2;
             return (rows + share(rows, plan) - 1) / share(rows, plan);
         }
         case MULTIPLY:
         case ADD:
             for (int32_t i = 0; i < s.count; i++) {
-                const int64_t rows = pairs_of(s.linear[i]);
+                const int64_t rows = units_of(s.linear[i]);
                 total += (rows + share(rows, plan) - 1) / share(rows, plan);
             }
     }
@@ -291,12 +313,12 @@ void run(const Plan &plan, const Step &s, int64_t piece) {
             if (plan.cache_type == F32) attend<float>(plan, s, piece);
             else attend<uint16_t>(plan, s, piece);
             break;
-        case GATE: part(s.linear[0].weight.out, [&](int64_t begin, int64_t end) { gate(s, begin, end); }); break;
+        case GATE: part((s.linear[0].weight.out + 1) / 2, [&](int64_t begin, int64_t end) { gate(s, begin, end); }); break;
         case MULTIPLY:
         case ADD:
             for (int32_t i = 0; i < s.count; i++) {
                 const Linear &l = s.linear[i];
-                const int64_t rows = pairs_of(l), size = share(rows, plan), here = (rows + size - 1) / size;
+                const int64_t rows = units_of(l), size = share(rows, plan), here = (rows + size - 1) / size;
                 if (piece < here) {
                     part(rows, [&](int64_t begin, int64_t end) { multiply(l, s.does == ADD, begin, end); });
                     break;

@@ -25,6 +25,8 @@ inline Vector bf16_floats(__m256i v) {
 }
 inline Vector i8_floats(__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)); }
 
+inline Vector mixed(Vector a, Vector b) { return _mm512_xor_ps(a, b); }
+
 constexpr int LANES = 16;
 inline Vector load_floats(const float *v) { return _mm512_loadu_ps(v); }
 inline Vector load_floats(const uint16_t *v) { return bf16_floats(_mm256_loadu_si256((const __m256i *)v)); }
