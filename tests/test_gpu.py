@@ -241,7 +241,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_benchmark_says_what_was_timed(on_cpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for pattern, results in (("unstructured", 8), ("2:4", 4)):
-        sys.argv[1:1] = ["--pattern", pattern]
+        sys.argv += ["--pattern", pattern]
         on_cpu.main()
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert len(lines) == results and {line["pattern"] for line in lines} == {pattern}
