@@ -118,7 +118,8 @@ def invert_upper(upper: Tensor) -> None:
     """Inverts an upper triangular matrix in place, by halves: to solve for the identity takes more than twice as long."""
     half = len(upper) // 2
     if len(upper) <= LEAF:
-        upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True))
+        identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+        upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
         return
     first, corner, last = upper[:half, :half], upper[:half, half:], upper[half:, half:]
     invert_upper(first)
