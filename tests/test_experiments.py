@@ -208,9 +208,11 @@ def test_means_deviations_and_verdicts(llama: Path, tiny: Settings) -> None:
     (grid,) = show.collect([table], made, filled(made, perplexity))
     assert grid.rows == [["error", "11.00 ± 1.00 (3)"], ["sparsity", "11.50 ± 1.00 (3)"]]
     assert grid.caption.startswith("Dense 9.00, sparsity 0.7, pruner wanda")
-    assert grid.verdicts[0][1] == "holds, 1 of 1; 1 of the differences are within the noise"
+    assert grid.verdicts[0][1] == "holds, 1 of 1; 1 of 1 differences within the noise"
     (grid,) = show.collect([table], made, filled(made, lambda cell: 20 - perplexity(cell) / 100))
     assert grid.verdicts[0][1].startswith("does not hold, 0 of 1 (not: error 19.89")
+    (grid,) = show.collect([table], made, {})
+    assert "Nothing of it has been run yet." in grid.markdown() and "- The paper: Ranks by error" in grid.markdown()
 
 
 def test_verdict_says_how_much_has_been_measured() -> None:
@@ -219,9 +221,7 @@ def test_verdict_says_how_much_has_been_measured() -> None:
     assert show._verdict(claim, {}) == "nothing has been measured yet"
     assert show._verdict(claim, {places[0]: [1.0], places[1]: [2.0]}) == "holds, 1 of 1 measured so far, of 2; one seed"
     values = dict(zip(places, [[1.0, 1.1], [2.0, 2.1], [1.0, 1.1], [0.5, 0.6]], strict=True))
-    assert show._verdict(
-        claim, values
-    ) == "holds in part, 1 of 2 (not: a y 1.05, b y 0.55); all beyond the noise".replace(
+    assert show._verdict(claim, values) == "holds in part, 1 of 2 (not: a y 1.05, b y 0.55); beyond the noise".replace(
         "1.05", "1.05 ± 0.07 (2)"
     ).replace("0.55)", "0.55 ± 0.07 (2))")
 

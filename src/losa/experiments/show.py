@@ -77,6 +77,9 @@ class Grid:
 
     def markdown(self) -> str:
         """The table, what the paper claims, and whether it holds."""
+        if not self.entries:
+            told = [f"- The paper: {claim}." for claim, _ in self.verdicts]
+            return "\n".join([f"**{self.title}.** Nothing of it has been run yet.", "", *told]).rstrip() + "\n"
         lines = [f"**{self.title}.** {self.caption}", ""]
         lines += ["| " + " | ".join(line) + " |" for line in (self.header, ["---"] * len(self.header), *self.rows)]
         lines.append("")
@@ -217,7 +220,7 @@ def _verdict(claim: Claim, values: Values) -> str:
         said += f" (not: {'; '.join(fails)})"
     if not several:
         return said + ("; some of it one seed" if any(len(values[a]) > 1 for a, _ in there) else "; one seed")
-    return said + (f"; {unsure} of the differences are within the noise" if unsure else "; all beyond the noise")
+    return said + (f"; {unsure} of {len(there)} differences within the noise" if unsure else "; beyond the noise")
 
 
 def _place(place: Place) -> str:
