@@ -17,6 +17,7 @@ project, author = "losa", "the losa authors"
 version = release = losa.__version__
 html_title = f"losa {version}"
 html_theme = "furo"
+html_show_copyright = False
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
