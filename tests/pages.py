@@ -28,7 +28,7 @@ FILE = re.compile(r"`([\w-]+\.(?:json|py))`[^`\n]*:\n+\Z")  # what ends so is fo
 
 # ------------------------------------------------- what stands for what a page says, so that it runs here and in seconds
 
-# Flags of compress and recover that are not given, and that no recipe file gives, get these.
+# Flags of compress, recover and experiment that are not given, and that no recipe file gives, get these.
 SMALL = {
     "--calibration": "text.jsonl",
     "--calibration-samples": "12",
@@ -191,7 +191,7 @@ class Reader:
         for theirs, ours in INSTEAD.items():
             line = line.replace(theirs, ours)
         words = shlex.split(line)
-        if words[0] in ("compress", "recover") and "--resume" not in words:
+        if words[0] in ("compress", "recover", "experiment") and "--resume" not in words:
             words = self.small(words, refusal)
         if words[0] == "experiment" and "--cached" not in words:
             words.append("--dry-run")  # hours
@@ -200,19 +200,21 @@ class Reader:
         if refusal is None:
             assert code == 0, f"{self.page}: losa {line}: {said.err}"
         else:
-            sizes = re.sub(r"[\d.]+(?=\\ [kMG]B)", r"[\\d.]+", re.escape(refusal))  # those may change a little
-            assert code == 2 and re.fullmatch(sizes, said.err.strip()), f"{self.page}: losa {line}: {said.err}"
+            parts = re.split(r"[\d.]+(?= [kMG]B\b)", refusal)  # sizes may change a little
+            assert code == 2 and re.fullmatch(r"[\d.]+".join(map(re.escape, parts)), said.err.strip()), (
+                f"{self.page}: losa {line}: {said.err}"
+            )
 
     def small(self, words: list[str], refusal: str | None) -> list[str]:
         """The command with settings that make it quick; a folder that holds a run already is replaced."""
-        settings = SMALL_TRAINING | (SMALL if words[0] == "compress" else {})
+        settings = SMALL_TRAINING | (SMALL if words[0] != "recover" else {})
         given = {word.partition("=")[0] for word in words}
         if "--recipe" in words:
             files = [name for name in words[words.index("--recipe") + 1].split(",") if name.endswith(".json")]
             given |= {f"--{key.replace('_', '-')}" for file in files for key in json.loads(Path(file).read_text())}
         added = [part for flag, value in settings.items() if flag not in given for part in (flag, value)]
         output = words[words.index("--output") + 1] if "--output" in words else ""
-        again = (self.folder / output / "losa.json").exists() and refusal is None
+        again = words[0] != "experiment" and (self.folder / output / "losa.json").exists() and refusal is None
         return [*words, *added, *(["--overwrite"] if output and again and "--overwrite" not in words else [])]
 
     def script(self, words: list[str]) -> None:
