@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import inspect
+import mmap
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from losa.sparse import cache, cpu, decoding, kernels, native
 from losa.sparse.linear import PackedLinear, pack_model, unpack_model
 from losa.sparse.packed import pack
-from losa.sparse.pages import Pages
+from losa.sparse.pages import Pages, _of_a_file, leave
 from losa.sparse.steps import WALL, _sums
 
 KINDS = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
@@ -437,3 +438,16 @@ def test_pages() -> None:
     assert all(torch.equal(old, new) for old, new in zip(tensors[1:3], placed[1:], strict=True))
     assert all(new.data_ptr() % 64 == 0 for new in placed)
     assert len({t.untyped_storage().data_ptr() for t in placed}) == 3
+
+
+def test_memory_of_files_is_left(tmp_path: Path) -> None:
+    """What was read of a mapped file is no longer in memory, and is still there; other memory is not touched."""
+    held = torch.arange(2**20)
+    (tmp_path / "file").write_bytes(held.numpy().tobytes())
+    mapped = torch.from_file(str(tmp_path / "file"), shared=False, size=2**20, dtype=torch.int64)
+    assert torch.equal(mapped, held)
+    place = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    assert _of_a_file(place, place + 2**20) and not _of_a_file(held.data_ptr(), held.data_ptr() + 8)
+    for tensor in (mapped, held, torch.zeros(0)):
+        leave(tensor)
+    assert torch.equal(mapped, held)

@@ -12,7 +12,7 @@ from losa.errors import LosaError
 from losa.sparse import cpu, kernels
 from losa.sparse.linear import PackedLinear
 from losa.sparse.packed import GROUP, Packed, pack
-from losa.sparse.pages import Pages
+from losa.sparse.pages import Pages, leave
 
 EMBED, NORM, PLACE, MULTIPLY, ADD, GATE, ATTEND = range(7)  # enum Does in csrc/steps.h
 FLOATS = 0  # enum Form in csrc/product.h
@@ -228,6 +228,7 @@ def _move(linears: list[Any]) -> dict[int, Tensor]:
     for name, (parameter, row) in weights.items():
         moved[name] = pages.put(parameter.data, row)
         if row is None:
+            leave(parameter.data)
             parameter.data = moved[name]
     return moved
 
