@@ -171,12 +171,14 @@ def _batch(recipe: Recipe, tokens: int) -> int:
 
 
 def _holes(whole: Any, block: Block, tokens: int, size: int) -> float:
-    """What glibc keeps of a block's activations: half as much again as the linears' outputs that it takes from its heap."""
+    """What glibc keeps of what pruning a block has freed, as far as it is taken from its heap: half as much again as
+    the linears' outputs, and three copies of a mask, a byte each weight."""
     outputs = [
         tokens * linear.out_features * experts.share_of_tokens(whole, name) * size
         for name, linear in block.linears.items()
     ]
-    return 1.5 * sum(output for output in outputs if output < heap.LARGEST)
+    held = [linear.weight.numel() for linear in block.linears.values()]
+    return 1.5 * sum(n for n in outputs if n < heap.LARGEST) + 3 * max((n for n in held if n < heap.LARGEST), default=0)
 
 
 def trained(recipe: Recipe, linears: dict[str, Any]) -> int:
