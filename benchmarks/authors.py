@@ -25,7 +25,6 @@ import threading
 import time
 import types
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,21 +208,24 @@ class Ours:
         self._subject = subject_of(
             build(args), types.SimpleNamespace(pad_token_id=0, eos_token_id=0), "random", self._recipe
         )
-        self._length, self._dense = args.length, None  # type: int, Any
+        self._length, self._dense, self._wrapped = args.length, None, False  # type: int, Any, bool
 
     def features(self) -> dict[str, Any]:
         clock = Clock()
         self._dense = self._pipeline.remember_dense(self._subject, self._recipe, self._inputs, self._run)
-        found = {"features": clock.lap()}
-        recovery = self._recipe.build("recovery")
-        self._subject.wrap(recovery.layer, self._recipe, self._recipe.max_rank)
-        return found
+        return {"features": clock.lap()}
+
+    def _wrap(self) -> None:
+        if not self._wrapped:
+            self._subject.wrap(self._recipe.build("recovery").layer, self._recipe, self._recipe.max_rank)
+        self._wrapped = True
 
     def pruning(self, rates: list[float] | None = None) -> dict[str, Any]:
         """At `rates`, or those that RMI gives."""
         from losa import evidence
         from losa.allocators.base import Evidence
 
+        self._wrap()
         names = [block.name for block in self._subject.blocks]
         units = evidence.units_of(self._subject.blocks, "block")
         floors, allocator = [0.0] * len(units), self._recipe.build("allocator")
@@ -241,6 +243,7 @@ class Ours:
         from losa.data import Example
         from losa.recovery import training
 
+        self._wrap()
         self._pipeline.set_ranks(self._subject, self._recipe, 1, "uniform", [])
         examples = [Example(row, row.clone()) for row in tokens(sequences, self._length, 2)]
         with torch.no_grad():
@@ -361,20 +364,21 @@ def main() -> None:
     check(args)
     passes = {"features": 1, "rates": 1, "pruning": 2, "recovery": 3}
     seen = {"features": SAMPLES, "rates": RMI_SAMPLES, "pruning": SAMPLES, "recovery": args.sequences}
-    calls: dict[str, Callable[[Side], dict[str, Any]]] = {
-        "features": lambda side: side.do("features"),
-        "rates+pruning": lambda side: side.do("pruning"),
-        "recovery": lambda side: side.do("recovery", args.sequences),
+    calls: dict[str, list[Any]] = {
+        "features": ["features"],
+        "rates+pruning": ["pruning"],
+        "recovery": ["recovery", args.sequences],
     }
     for number in range(args.rounds):
         sides = {name: Side(name, args) for name in ("theirs", "ours")[:: 1 if number % 2 else -1]}
         for call in PARTS:
-            if call != "features" and call not in args.part:
-                continue  # the others need the features
-            found = {name: calls[call](side) for name, side in sides.items()}
+            if call not in args.part and not (call == "features" and "rates+pruning" in args.part):  # which needs them
+                continue
+            found = {name: side.do(*calls[call]) for name, side in sides.items()}
             speed = rate(args)
             for part in call.split("+"):
-                times = {name: found[name][part] for name in sides}
+                times = {name: found[name][part] for name in ("theirs", "ours")}
+                theirs, ours = times.values()
                 floor = passes[part] * operations(args, seen[part] * args.length) / speed
                 result: dict[str, Any] = {
                     "benchmark": "authors",
@@ -384,8 +388,8 @@ def main() -> None:
                     "threads": args.threads,
                     "sequences": seen[part],
                     **{name: {**times[name], **{k: found[name][k] for k in ("before", "peak")}} for name in sides},
-                    "ratio": round(times["theirs"]["seconds"] / times["ours"]["seconds"], 2),
-                    "processor_ratio": round(times["theirs"]["processor"] / times["ours"]["processor"], 2),
+                    "ratio": round(theirs["seconds"] / ours["seconds"], 2),
+                    "processor_ratio": round(theirs["processor"] / ours["processor"], 2),
                     "memory_ratio": round(found["theirs"]["peak"] / found["ours"]["peak"], 2),
                     "gflops_a_thread": round(speed / 1e9, 1),
                     "floor_processor": round(floor, 2),

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from losa import calibration, distributed, experts, masks, model, registry
+from losa import calibration, distributed, experts, heap, masks, model, registry
 from losa.errors import LosaError
 from losa.model import Block
 from losa.recipe import Recipe, parse_size
 from losa.recovery import distillation, footprint
 from losa.recovery.low_rank import MaskedLowRank
 
-# Measured: Python with torch, transformers and datasets, and what glibc keeps of freed memory. Of a model that lives in
-# memory more, for blocks from disk are followed by `disk.trim`.
-PROCESS, KEPT = 400e6, 150e6
+# Measured: Python with torch, transformers and datasets; and what glibc keeps of memory that recovery has freed. What it
+# keeps of pruning's are `_holes`, and nothing from disk (`heap.returned_at_once`).
+PROCESS, KEPT = 380e6, 150e6
 WIKITEXT = 300_000  # tokens of evaluation text, where nobody knows yet
 
 
@@ -33,12 +33,7 @@ class Way:
 
     @property
     def memory(self) -> float:
-        return (
-            PROCESS
-            + (0 if self.from_disk else KEPT)
-            + self.parts["model"]
-            + max(v for name, v in self.parts.items() if name != "model")
-        )
+        return PROCESS + self.parts["model"] + max(v for name, v in self.parts.items() if name != "model")
 
     def __str__(self) -> str:
         where = "on disk, block by block" if self.from_disk else "in memory"
@@ -115,6 +110,7 @@ def ways(whole: Any, config: Any, recipe: Recipe) -> list[Way]:
     sampled = min(recipe.error_tokens or tokens * processes, tokens * processes) * hidden
     activations, pruning = _calibration(blocks, recipe, tokens, hidden, size, vocabulary) if tokens else (0.0, 0.0)
     pruning = max(pruning, 16 * sampled)  # the error
+    holes = max(_holes(whole, block, _batch(recipe, tokens), size) for block in blocks) if tokens else 0.0
     read = (recipe.eval_tokens or WIKITEXT) if recipe.eval_data else 0
     evaluating = min(calibration.BATCH_TOKENS, read) * vocabulary * (size + 8)
 
@@ -127,8 +123,16 @@ def ways(whole: Any, config: Any, recipe: Recipe) -> list[Way]:
             held += parameters * size
         kept = (0 if spill else activations) + sampled * size * len(blocks)
         pairs, training = _recovery(whole, recipe, blocks, hidden, size, vocabulary)
-        parts = {"model": held + pairs, "calibration": kept + pruning, "evaluation": evaluating, "recovery": training}
-        return Way(False, spill, parts)
+        return Way(
+            False,
+            spill,
+            {
+                "model": held + pairs,
+                "calibration": kept + pruning + holes,
+                "evaluation": evaluating + KEPT if evaluating else 0,
+                "recovery": training + KEPT if training else 0,
+            },
+        )
 
     def on_disk(spill: bool) -> Way:
         first = parameters - sum(in_block)
@@ -151,8 +155,7 @@ def _calibration(
     pruner = recipe.build("pruner")
     linears = [linear for block in blocks for linear in block.linears.values()]
     sets = len(blocks).bit_length() + 1 if pruner.needs_gradients else 2 if recipe.reconstruct else 1
-    batch = min(tokens, max(1, calibration.BATCH_TOKENS // recipe.sequence_length) * recipe.sequence_length)
-    forward = batch * 4 * max(linear.out_features for linear in linears) * size
+    forward = _batch(recipe, tokens) * 4 * max(linear.out_features for linear in linears) * size
     pruning = max(scratch(pruner, linear.out_features, linear.in_features) for linear in linears)
     pruning = max(pruning, forward) + max(_statistics(block, pruner) for block in blocks)
     if pruner.needs_gradients:
@@ -160,6 +163,22 @@ def _calibration(
     if recipe.reconstruct:  # one block's values, gradients, moments and activations
         pruning += 16 * max(block.weights for block in blocks) * (1 - recipe.sparsity_at(1)) + 4 * forward
     return sets * tokens * hidden * size, pruning
+
+
+def _batch(recipe: Recipe, tokens: int) -> int:
+    """Of `tokens`, those that go through a block at once."""
+    return min(tokens, max(1, calibration.BATCH_TOKENS // recipe.sequence_length) * recipe.sequence_length)
+
+
+def _holes(whole: Any, block: Block, tokens: int, size: int) -> float:
+    """What glibc keeps of what pruning a block has freed, as far as it is taken from its heap: half as much again as
+    the linears' outputs, and three copies of a mask, a byte each weight."""
+    outputs = [
+        tokens * linear.out_features * experts.share_of_tokens(whole, name) * size
+        for name, linear in block.linears.items()
+    ]
+    held = [linear.weight.numel() for linear in block.linears.values()]
+    return 1.5 * sum(n for n in outputs if n < heap.LARGEST) + 3 * max((n for n in held if n < heap.LARGEST), default=0)
 
 
 def trained(recipe: Recipe, linears: dict[str, Any]) -> int:
@@ -196,7 +215,9 @@ def _recovery(
 def scratch(pruner: Any, rows: int, columns: int) -> float:
     """What pruning a linear takes beside its weight: that weight merged, its mask, what `prune` makes, a selection."""
     made: float = max(weights * rows * columns + squares * columns**2 for weights, squares in pruner.copies)
-    return 4 * (1.25 * rows * columns + made) + 28.0 * min(masks.CHUNK, rows * columns)
+    count, _, unit = getattr(pruner, "unit", "").partition(" ")  # those of whole heads and channels have none
+    chosen = rows * min(columns, int(count)) if unit == "columns" else rows * columns  # from at once
+    return 4 * (1.25 * rows * columns + made) + 28.0 * min(masks.CHUNK, chosen)
 
 
 def _statistics(block: Block, pruner: Any) -> int:

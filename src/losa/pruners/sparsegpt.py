@@ -46,7 +46,7 @@ class SparseGPT(Pruner):
     unit = "128 columns"
     needs_inputs = True
     changes_weights = True
-    copies = ((0.1, 4.0), (3.75, 0.7))
+    copies = ((0.1, 3.25), (3.75, 0.7))
 
     def __post_init__(self) -> None:
         if not isinstance(self.damp, float | int) or not self.damp > 0:
