@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from losa import fused, masks
 from losa.adapters import MaskedLinear, _MaskedLowRank
@@ -253,6 +254,41 @@ def test_what_is_wrong_is_not_taken(measured: dict[str, float], caplog: pytest.L
         measured["wrong"] = wrong
         assert not fused.faster(_MaskedLowRank.apply, *made(4, 8, 16 + 8 * (wrong == 1), 2, torch.float32))
     assert "is wrong here" in caplog.text
+
+
+@outside
+def test_measured_within_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of a run may be; that the checkpoint then computes its own again is not disturbed."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    operands = made(4, 8, 16, 2, torch.float32)
+    dy = torch.ones(2, 4, 8)
+    steps = []
+
+    def layer(x: Tensor) -> Tensor:
+        if not steps:
+            steps.append(fused._step(_MaskedLowRank.apply, x, *operands[1:]))
+        y: Tensor = _MaskedLowRank.apply(x, *operands[1:])
+        return y.relu()
+
+    checkpoint(layer, operands[0], use_reentrant=False).backward(dy)
+    ((took, found),) = steps
+    y = wanted(operands, dy)[0].float()
+    assert took == 1.0
+    for got, want in zip(found, wanted(operands, y), strict=True):
+        assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4)
+    assert operands[0].grad is not None and operands[0].grad.any()
 
 
 @outside
