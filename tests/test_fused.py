@@ -256,6 +256,19 @@ def test_what_is_wrong_is_not_taken(measured: dict[str, float], caplog: pytest.L
     assert "is wrong here" in caplog.text
 
 
+@needs_triton
+@outside
+def test_what_fails_is_not_taken(
+    measured: dict[str, float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(fused, "_step", failing)
+    assert not fused.faster(_MaskedLowRank.apply, *made(4, 8, 16, 2, torch.float32))
+    assert "cannot be used here: RuntimeError('Failed to find C compiler')" in caplog.text
+
+
 @outside
 def test_measured_within_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step of a run may be; that the checkpoint then computes its own again is not disturbed."""

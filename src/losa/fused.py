@@ -203,8 +203,6 @@ def _remembered(key: str, measure: Callable[[], bool]) -> bool:
 
 
 def _measure(present: Compute, *operands: Any) -> bool:
-    from triton.runtime.errors import TritonError
-
     times: dict[bool, list[float]] = {True: [], False: []}
     try:
         for turn in range(-1, ROUNDS):  # the first round compiles, and is checked
@@ -215,8 +213,8 @@ def _measure(present: Compute, *operands: Any) -> bool:
             if turn >= 0:
                 for fused, (took, _) in found.items():
                     times[fused].append(took)
-    except (TritonError, torch.OutOfMemoryError) as error:
-        log.info("the fused linear cannot be used here: %s", error)
+    except Exception as error:  # no compiler, no memory, tiles too large for this GPU: the present way computes the same
+        log.warning("the fused linear cannot be used here: %r", error)
         return False
     ratio = min(times[False]) / min(times[True])
     log.info("the fused linear takes 1/%.2f of the time of three dense products here", ratio)
