@@ -1,6 +1,7 @@
 """One training step (forward and backward) of the masked low-rank linear, against what one would write or take instead.
 
   losa    losa.adapters.MaskedLinear
+  fused   the same through losa.fused (only with --device cuda)
   naive   F.linear(x, W) + F.linear(x, M * (B A)) * s under torch.utils.checkpoint, which keeps nothing dense either
   dense   the same without checkpointing, which keeps a dense [out, in] a layer (only with --memory)
   peft    peft's LoRA, r = 8, no dropout: no mask at all, so it computes something else and cannot merge into a sparse weight
@@ -10,12 +11,14 @@ and gradients, on the very tensors that are timed, agree with its formula in fp3
 
     PYTHONPATH=src python benchmarks/masked_linear.py --shape 5632x2048 --dtype fp32 --rounds 7
     PYTHONPATH=src python benchmarks/masked_linear.py --memory
+    PYTHONPATH=src python benchmarks/masked_linear.py --device cuda --shape 4096x4096 11008x4096 4096x11008 --dtype bf16 --rounds 20
 """
 
 import argparse
 import ctypes
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +36,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from losa import fused
 from losa.adapters import MaskedLinear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,7 +64,20 @@ class Naive(nn.Module):
         return checkpoint(self.formula, x, use_reentrant=False) if self.recompute else self.formula(x)
 
 
-def masked(out: int, columns: int, dtype: torch.dtype) -> MaskedLinear:
+class Fused(nn.Module):
+    """A MaskedLinear through the fused kernels, whatever it would choose; shares its weight and its pair."""
+
+    def __init__(self, layer: MaskedLinear) -> None:
+        super().__init__()
+        self.weight, self.lora_A, self.lora_B, self.bits = layer.weight, layer.lora_A, layer.lora_B, layer.mask_bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, in] -> [tokens, out]."""
+        y: Tensor = fused.Fused.apply(x, self.weight, self.bits, self.lora_A, self.lora_B, None, SCALING)
+        return y
+
+
+def masked(out: int, columns: int, dtype: torch.dtype, device: str) -> MaskedLinear:
     """A layer with half of its weights pruned and a pair that is not zero."""
     generator = torch.Generator().manual_seed(0)
     layer = MaskedLinear(nn.Linear(columns, out, bias=False, dtype=dtype), RANK, SCALING)
@@ -68,7 +85,7 @@ def masked(out: int, columns: int, dtype: torch.dtype) -> MaskedLinear:
     layer.set_rank(RANK, generator)
     assert layer.lora_B is not None
     layer.lora_B.data.normal_(0, 0.05, generator=generator)
-    return layer
+    return layer.to(device)
 
 
 def lora(layer: MaskedLinear) -> nn.Module:
@@ -128,19 +145,24 @@ def verify(name: str, module: nn.Module, x: Tensor, dy: Tensor, want: list[Tenso
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Milliseconds of one call."""
+    """Milliseconds of one call, until a GPU has done its part."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     function()
+    wait()
     return (time.perf_counter() - start) * 1e3
 
 
-def compare(out: int, columns: int, tokens: int, dtype: str, rounds: int) -> dict[str, object]:
+def compare(out: int, columns: int, tokens: int, dtype: str, rounds: int, device: str) -> dict[str, object]:
     """One result: medians of the times, and of the ratios within a round with their quartiles."""
-    layer = masked(out, columns, DTYPES[dtype])
+    layer = masked(out, columns, DTYPES[dtype], device)
     modules: dict[str, nn.Module] = {"losa": layer, "naive": Naive(layer, True), "peft": lora(layer)}
+    if device == "cuda":
+        modules["fused"] = Fused(layer)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(tokens, columns, generator=generator).to(DTYPES[dtype]).requires_grad_()
-    dy = torch.randn(tokens, out, generator=generator).to(DTYPES[dtype])
+    x = torch.randn(tokens, columns, generator=generator).to(device, DTYPES[dtype]).requires_grad_()
+    dy = torch.randn(tokens, out, generator=generator).to(device, DTYPES[dtype])
     wanted = {pruned: formula(layer, x, dy, pruned) for pruned in (True, False)}
     errors = {n: verify(n, module, x, dy, wanted[n != "peft"], TOLERANCE[dtype]) for n, module in modules.items()}
     del wanted
@@ -158,7 +180,7 @@ def compare(out: int, columns: int, tokens: int, dtype: str, rounds: int) -> dic
         return [round(q, 3) for q in statistics.quantiles(ratios, n=4)]
 
     faster, cost = quartiles("naive", "losa"), quartiles("losa", "peft")
-    return {
+    found: dict[str, object] = {
         "benchmark": "masked_linear",
         "out": out,
         "in": columns,
@@ -172,11 +194,16 @@ def compare(out: int, columns: int, tokens: int, dtype: str, rounds: int) -> dic
         "losa_over_peft": cost[1],
         "losa_over_peft_quartiles": cost[::2],
         "relative_error": {name: float(f"{error:.1e}") for name, error in errors.items()},
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
     }
+    if device == "cuda":
+        gain = quartiles("losa", "fused")
+        found |= {"losa_over_fused": gain[1], "losa_over_fused_quartiles": gain[::2]}
+    return found
 
 
-def peak_memory(name: str, dtype: str) -> dict[str, int]:
-    """MiB that a step of a stack of layers adds at its peak: in tensors (exact), and in the process (Linux, glibc).
+def peak_memory(name: str, dtype: str, device: str) -> dict[str, int]:
+    """MiB that a step of a stack of layers adds at its peak: in tensors (exact), and in the process (Linux, glibc; CPU only).
 
     The second is larger: glibc keeps freed temporaries, and holes between them that what comes next does not fit.
     """
@@ -185,12 +212,13 @@ def peak_memory(name: str, dtype: str) -> dict[str, int]:
         "naive": lambda layer: Naive(layer, True),
         "dense": lambda layer: Naive(layer, False),
         "peft": lora,
+        "fused": Fused,
     }
     stack: list[nn.Module] = []
     for _ in range(LAYERS):
-        stack += [made[name](masked(WIDTH, WIDTH, DTYPES[dtype])), nn.SiLU()]
+        stack += [made[name](masked(WIDTH, WIDTH, DTYPES[dtype], device)), nn.SiLU()]
     model = nn.Sequential(*stack)
-    x = torch.randn(MEMORY_TOKENS, WIDTH).to(DTYPES[dtype]).requires_grad_()
+    x = torch.randn(MEMORY_TOKENS, WIDTH).to(device, DTYPES[dtype]).requires_grad_()
 
     def whole_step() -> None:
         model.zero_grad(set_to_none=True)
@@ -198,6 +226,13 @@ def peak_memory(name: str, dtype: str) -> dict[str, int]:
         model(x).float().square().mean().backward()
 
     whole_step()
+    if device == "cuda":
+        model.zero_grad(set_to_none=True)
+        x.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        whole_step()
+        return {"tensors": round((torch.cuda.max_memory_allocated() - before) / 2**20)}
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     before = high_water()
@@ -231,18 +266,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="peak memory of a step of a stack of layers, not time")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # the subprocess of --memory
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    os.environ["LOSA_FUSED"] = "never"  # losa is its own way, fused the other one
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no GPU (torch sees no CUDA device): nothing is timed")
     if args.only:
-        print(json.dumps(peak_memory(args.only, args.dtype[0])))
+        print(json.dumps(peak_memory(args.only, args.dtype[0], args.device)))
         return
     if args.rounds < 2:
         parser.error("--rounds must be 2 or more: quartiles are reported")
     for dtype in args.dtype:
         if args.memory:
-            command = [sys.executable, __file__, "--threads", str(args.threads), "--dtype", dtype, "--only"]
+            command = [sys.executable, __file__, "--threads", str(args.threads), "--device", args.device]
+            command += ["--dtype", dtype, "--only"]
             peaks = {}
-            for name in ("losa", "naive", "dense", "peft"):
+            for name in ("losa", "naive", "dense", "peft", *(["fused"] if args.device == "cuda" else [])):
                 done = subprocess.run([*command, name], check=True, capture_output=True, text=True)
                 peaks[name] = json.loads(done.stdout.splitlines()[-1])
             shape = {"layers": LAYERS, "width": WIDTH, "tokens": MEMORY_TOKENS, "dtype": dtype}
@@ -250,7 +290,7 @@ def main() -> None:
             continue
         for shape_text in args.shape:
             out, columns = (int(n) for n in shape_text.split("x"))
-            print(json.dumps(compare(out, columns, args.tokens, dtype, args.rounds)), flush=True)
+            print(json.dumps(compare(out, columns, args.tokens, dtype, args.rounds, args.device)), flush=True)
 
 
 if __name__ == "__main__":

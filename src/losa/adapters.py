@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from losa import masks
+from losa import fused, masks
 from losa.errors import LosaError
 
 # Rows are handled in blocks of at most this many weights, so that temporaries (in fp32: 24 MiB) do not grow with the layer.
@@ -280,7 +280,8 @@ class MaskedLinear(nn.Module):
             trained: Tensor = _Kept.apply(x, self.kept, self.weight, self.mask_bits, self.bias)
             return trained
         a, b = self.pair()
-        y: Tensor = _MaskedLowRank.apply(x, self.weight, self.mask_bits, a, b, self.bias, self.scaling)
+        operands = (x, self.weight, self.mask_bits, a, b, self.bias, self.scaling)
+        y: Tensor = fused.choose(_MaskedLowRank.apply, *operands)(*operands)
         return y
 
     def get_extra_state(self) -> Tensor:
