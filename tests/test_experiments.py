@@ -288,6 +288,16 @@ def test_latency(llama: Path, out: Path, monkeypatch: Any, capsys: pytest.Captur
     kept = [json.loads(path.read_text())["measured"] for path in (out / "cells").glob("*.json")]
     assert sorted(round(cell["kept"], 1) for cell in kept) == [0.3, 0.4, 0.5]
     assert all(cell["linears"] == cell["of"] == 21 and cell["native"] == "" for cell in kept)
+    assert "threads 1, float32, median of 2 turns of processor time" in table["of"]
+
+
+def test_whose_seconds(monkeypatch: Any) -> None:
+    """With several threads the processor's time is no time to wait; with one, it is what others do not lengthen."""
+    monkeypatch.setattr(latency.time, "process_time", lambda: 1.0)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: 2.0)
+    assert latency._now(torch.device("cpu")) == 1.0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert latency._now(torch.device("cpu")) == 2.0
 
 
 def test_pairs_apart_change_the_output_and_share_the_weights(llama: Path, monkeypatch: Any) -> None:

@@ -126,6 +126,8 @@ def _grid(table: Table, source: str, cells: list[Cell], found: dict[str, dict[st
         at = {(e["block"], e["column"]): e["mean"] for e in entries}
         rows = [[str(b), *(NAMES["by_block"][1](at[b, c]) if (b, c) in at else "" for c, _ in columns)] for b in blocks]
     caption = _caption([cell for cell in cells if cell.recipe], dense)
+    if table.kind == "latency":
+        caption = _where([r["measured"] for cell in cells if (r := found.get(cell.key))])
     verdicts = [
         (claim.text, _verdict(claim, measured[claim.measure if not vectors else "by_block"])) for claim in table.claims
     ]
@@ -192,6 +194,18 @@ def _caption(cells: list[Cell], dense: list[float]) -> str:
                     else f"{name.replace('_', ' ')} {value}"
                 )
     return ", ".join(said) + ("." if said else "")
+
+
+def _where(timed: list[dict[str, Any]]) -> str:
+    """What was timed on what, of everything that was."""
+    said = []
+    for one in timed:
+        machine, clock = one["machine"], " of processor time" if one["clock"] == "processor" else ""
+        where = machine.get("device") or f"{machine['processor']}, threads {machine['threads']}"
+        said.append(f"{where}, {one['dtype']}, median of {one['rounds']} turns{clock}")
+        if one["native"]:
+            said.append(f"not decoded natively: {one['native']}")
+    return "; ".join(dict.fromkeys(said)) + ("." if said else "")
 
 
 def _verdict(claim: Claim, values: Values) -> str:
