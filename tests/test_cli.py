@@ -39,6 +39,7 @@ def at_update(number: int, then: str) -> tuple[str, str]:
     code = f"""
 import os, signal, sys
 from losa import cli, run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where tests are a shell's background job
 log, updates = run.Run.log, 0
 def logging(self, event, **fields):
     global updates

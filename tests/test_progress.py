@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,17 @@ def test_numbers_for_people() -> None:
     assert [number(v) for v in (None, 10.012, 9999.4, 123456.0)] == ["-", "10.01", "9999.40", "1.23e+05"]
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C as it is in a terminal: tests in a background job of a shell find it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_python_drops_still_ends_the_work() -> None:
-    """An exception in a destructor is only printed; what is being gone through then ends at its next item."""
+def test_an_interrupt_that_python_drops_still_ends_the_work(heeded: None) -> None:
+    """An exception in a destructor is only printed; what is being gone through then ends at its next item, and no later work."""
     gone_through = []
 
     class Interrupted:
@@ -159,3 +168,12 @@ def test_an_interrupt_that_python_drops_still_ends_the_work() -> None:
             Interrupted()
     assert gone_through == [0]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert list(Progress(quiet=True).track([0, 1], "other work")) == [0, 1]
+
+
+def test_an_interrupt_that_is_to_be_ignored_is(heeded: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with heeding_interrupts():
+        for _ in Progress(quiet=True).track([0, 1], "work"):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

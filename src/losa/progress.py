@@ -18,10 +18,14 @@ _interrupted = False  # Ctrl-C was pressed while `heeding_interrupts`
 
 @contextmanager
 def heeding_interrupts() -> Iterator[None]:
-    """Within it, Ctrl-C ends what `track` goes through also where Python only prints it (in destructors, in callbacks)."""
+    """Within it, Ctrl-C ends what `track` goes through also where Python only prints it (in destructors, in callbacks).
+
+    Not where another thread has to see to it, or where whoever started the program wants it ignored (a shell, of its
+    background jobs).
+    """
     global _interrupted
-    _interrupted = False
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
         yield
         return
 
@@ -30,11 +34,12 @@ def heeding_interrupts() -> Iterator[None]:
         _interrupted = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        _interrupted = False  # it has ended this work, and is not about what comes after it
 
 
 class Progress:
