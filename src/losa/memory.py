@@ -173,7 +173,7 @@ def _batch(recipe: Recipe, tokens: int) -> int:
 def _holes(whole: Any, block: Block, tokens: int, size: int) -> float:
     """What glibc keeps of what pruning a block has freed, as far as it is taken from its heap: half as much again as
     the linears' outputs, and three copies of a mask, a byte each weight."""
-    outputs = [
+    outputs: list[float] = [
         tokens * linear.out_features * experts.share_of_tokens(whole, name) * size
         for name, linear in block.linears.items()
     ]
