@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import re
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
@@ -30,6 +30,15 @@ autodoc_preserve_defaults = True
 log = logging.getLogger(__name__)
 
 
+def kind_of(kind: Any) -> str:
+    """The type of a setting, for people."""
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    if get_origin(kind) in (dict, list):
+        return {dict: "JSON", list: "texts"}[get_origin(kind)]
+    return " or ".join(part.__name__ for part in get_args(kind) or (kind,))
+
+
 class Settings(Directive):
     """Every setting of the recipe, from its own documentation."""
 
@@ -37,7 +46,7 @@ class Settings(Directive):
         rows = nodes.definition_list()
         for field in dataclasses.fields(losa.Recipe):
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-            kind = "|".join(map(str, get_args(field.type))) if get_origin(field.type) else field.type.__name__
+            kind = kind_of(field.type)
             flag = nodes.literal(text=f"--{field.name.replace('_', '-')}")
             term = nodes.term(
                 "", "", flag, nodes.Text(f"  {kind}, {'' if default is None else repr(default)}".rstrip(", "))
@@ -55,7 +64,7 @@ def math_inline(translator: Any, node: nodes.math) -> None:
 
 def math_block(translator: Any, node: nodes.math_block) -> None:
     """A formula on lines of its own."""
-    translator.body.append(f'<div class="math">{latex2mathml.tex2mathml(node.astext(), as_block=True)}</div>')
+    translator.body.append(f'<div class="formula">{latex2mathml.tex2mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 
 
