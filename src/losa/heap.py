@@ -22,8 +22,8 @@ def returned_at_once() -> Iterator[None]:
 
     glibc maps what is larger than a threshold and takes the rest from its heap, and it raises that threshold to 32 MiB
     as tensors come and go. Of a block whose activations are somewhat smaller, half as much as they take then stays in
-    holes that the next tensor does not fit. Fresh pages must be zeroed by the system: a share of the time that falls
-    with the model's width (docs/log.md).
+    holes that the next tensor does not fit. What the system does for fresh pages is not seen in the time of a forward
+    pass (docs/log.md). The thresholds are the process's: at the end they are what glibc itself would have come to.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
