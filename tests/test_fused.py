@@ -270,6 +270,26 @@ def test_what_fails_is_not_taken(
 
 
 @outside
+def test_asked_once_for_each_kind_of_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(fused, "_choices", {})
+    monkeypatch.setattr(fused, "refuses", lambda *operands: "no" if operands[0].dtype == torch.float16 else None)
+    monkeypatch.setattr(fused, "faster", lambda present, *operands: asked.append(operands[0].shape) or True)
+    operands = made(4, 8, 16, 2, torch.float32)
+    for _ in range(2):
+        assert fused._taken(_MaskedLowRank.apply, *operands)
+    assert len(asked) == 1
+    assert not fused._taken(_MaskedLowRank.apply, *made(4, 8, 16, 2, torch.float16)) and len(asked) == 1
+    operands[0].requires_grad_(False)
+    fused._taken(_MaskedLowRank.apply, *operands)
+    with torch.no_grad():
+        fused._taken(_MaskedLowRank.apply, *operands)
+    fused._taken(_MaskedLowRank.apply, *made(9, 8, 16, 2, torch.float32))
+    fused._taken(_MaskedLowRank.apply, *made(4, 8, 16, 2, torch.float32, bias=False))
+    assert len(asked) == 5
+
+
+@outside
 def test_measured_within_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step of a run may be; that the checkpoint then computes its own again is not disturbed."""
 

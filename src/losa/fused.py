@@ -29,7 +29,8 @@ SETTING = "LOSA_FUSED"
 log = logging.getLogger("losa.fused")
 
 Compute = Callable[..., Tensor]
-_known: dict[str, bool] = {}
+_known: dict[str, bool] = {}  # as the cache on disk has them
+_choices: dict[tuple[Any, ...], bool] = {}
 
 
 def choose(present: Compute, *operands: Any) -> Compute:
@@ -41,13 +42,31 @@ def choose(present: Compute, *operands: Any) -> Compute:
     if setting not in ("auto", "always", "never"):
         raise LosaError(f"{SETTING} must be auto, always or never, not {setting!r}")
     x: Tensor = operands[0]
-    if setting == "never" or (setting == "auto" and (x.device.type != "cuda" or torch.compiler.is_compiling())):
+    if setting == "never" or not x.numel():
         return present
-    if why := refuses(*operands):
-        if setting == "always":
+    if setting == "always":
+        if why := refuses(*operands):
             raise LosaError(f"{SETTING}=always cannot be: {why}")
+        return Fused.apply
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
         return present
-    return Fused.apply if setting == "always" or faster(present, *operands) else present
+    return Fused.apply if _taken(present, *operands) else present
+
+
+def _taken(present: Compute, *operands: Any) -> bool:
+    """Whether it is fused, looked up by what costs nothing to compare: this is asked at every product."""
+    x, weight, _, a, _, bias, _ = operands
+    trained = (x.requires_grad, a.requires_grad, bias is not None and bias.requires_grad, torch.is_grad_enabled())
+    held = (weight.shape, weight.stride(), weight.dtype, x.dtype, a.dtype, x.device)
+    key = (*held, trained, bias is None, _up(x.numel() // x.shape[-1]), _up(len(a)))
+    if (found := _choices.get(key)) is None:
+        found = _choices[key] = refuses(*operands) is None and faster(present, *operands)
+    return found
+
+
+def _up(n: int) -> int:
+    """To the next power of two: so many tokens, or so high a rank, count as equal."""
+    return 1 << (n - 1).bit_length()
 
 
 def refuses(x: Tensor, weight: Tensor, bits: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, _: float) -> str | None:
@@ -59,8 +78,8 @@ def refuses(x: Tensor, weight: Tensor, bits: Tensor, a: Tensor, b: Tensor, bias:
         return "the fused linear computes in float32, bfloat16 and float16"
     if x.dtype == torch.bfloat16 and interpreted():
         return "Triton's interpreter multiplies no bfloat16 tiles"
-    if not x.numel() or not weight.is_contiguous() or not bits.is_contiguous():
-        return "the fused linear takes contiguous weights, and tokens"
+    if not weight.is_contiguous() or not bits.is_contiguous():
+        return "the fused linear takes contiguous weights"
     if not has_triton():
         return "Triton is not installed: pip install 'losa[gpu]'"
     if x.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -154,7 +173,7 @@ def faster(present: Compute, *operands: Any) -> bool:
     Tokens and ranks count as equal up to the next power of two. Processes of a machine take what the first of them found.
     """
     x, weight, _, a = operands[:4]
-    sizes = [1 << (n - 1).bit_length() for n in (x.numel() // x.shape[-1], len(a))]
+    sizes = [_up(x.numel() // x.shape[-1]), _up(len(a))]
     trained = [isinstance(t, Tensor) and t.requires_grad for t in operands]
     parts = [
         *weight.shape,
