@@ -36,7 +36,9 @@ class Store:
                 return None
             kept = length
             if type(layer) is DynamicSlidingWindowLayer:
-                if layer.sliding_window != h.window or layer.record_past:
+                if layer.sliding_window != h.window or getattr(
+                    layer, "record_past", False
+                ):  # which old transformers lack
                     return None
                 kept = min(length, h.window - 1)
             if layer.keys.shape != (1, h.kv_heads, kept, h.dim) or layer.values.shape != layer.keys.shape:
