@@ -142,7 +142,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = subparsers.add_parser("bench", help="speed: of decoding, or of one packed linear", allow_abbrev=False)
     subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
-    kernel = command("kernel", commands.bench_kernel, "time one packed linear beside dense ones and a plain reading", subjects)
+    kernel = command(
+        "kernel", commands.bench_kernel, "time one packed linear beside dense ones and a plain reading", subjects
+    )
     kernel.add_argument("--shape", default="11008x4096", help="OUTxIN (default: 11008x4096)")
     kernel.add_argument("--sparsity", type=float, default=0.7, help="share that is pruned (default: 0.7)")
     kernel.add_argument("--values", default="bfloat16", help="bfloat16, float16, float32 or int8 (default: bfloat16)")

@@ -40,7 +40,9 @@ def decode(
     place = _place(source, against) if save else None
     for name in sources:
         if (room := model.longest_text(model.load_config(name))) < PROMPT + tokens:
-            raise LosaError(f"{name!r} reads at most {room:g} tokens: --tokens can be {max(room - PROMPT, 0):g} at most")
+            raise LosaError(
+                f"{name!r} reads at most {room:g} tokens: --tokens can be {max(room - PROMPT, 0):g} at most"
+            )
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -52,7 +54,9 @@ def decode(
     speeds = [tokens / statistics.median(each) for each in seconds]
     found: dict[str, Any] = {"tokens_per_second": round(speeds[0], 2), "runtime": _runtime(models[0])}
     if against:
-        low, middle, high = statistics.quantiles([b / a for a, b in zip(*seconds, strict=True)], n=4, method="inclusive")
+        low, middle, high = statistics.quantiles(
+            [b / a for a, b in zip(*seconds, strict=True)], n=4, method="inclusive"
+        )
         found |= {
             "against": {"model": against, "tokens_per_second": round(speeds[1], 2), "runtime": _runtime(models[1])},
             "speedup": round(middle, 3),
@@ -130,7 +134,9 @@ def _place(source: str, against: str) -> Path:
         raise LosaError(f"--save needs a folder that losa compress or recover has made: {str(place)!r} is not there")
     made = json.loads(place.read_text())
     if against and made.get("source") != against:
-        raise LosaError(f"--save with --against {against!r}: {source!r} was made from {made.get('source')!r}, name that")
+        raise LosaError(
+            f"--save with --against {against!r}: {source!r} was made from {made.get('source')!r}, name that"
+        )
     if "sparse" not in made.get("measurements", {}):
         raise LosaError(f"{str(place)!r} has no measurements of the sparse model to put the speed beside")
     return place
