@@ -111,7 +111,9 @@ def test_prints_each_refusal(capsys: pytest.CaptureFixture[str], monkeypatch: py
         (["kernel", "--activations", "int8"], "unknown type of activations 'int8'"),
         (["kernel", "--rows", "0"], "rows must be at least 1"),
         (["kernel", "--kernel", "avx3"], "unknown kernel 'avx3': did you mean 'avx2'"),
-        (["kernels"], "unknown subject of a benchmark 'kernels': did you mean 'kernel'"),
+        (["kernel", "--against", "x"], "unknown argument '--against'"),
+        (["decode", "demo", "--shape", "8x8"], "unknown argument '--shape'"),
+        (["kernels"], "invalid choice: 'kernels'"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from conftest import Killed, killed_after
 from test_cli import flags, refused
 
-from losa import model, pipeline
+from losa import model, pipeline, speed
 from losa.cli import main
 from losa.errors import LosaError
 from losa.experiments import cells, latency, show, tables
@@ -293,11 +293,11 @@ def test_latency(llama: Path, out: Path, monkeypatch: Any, capsys: pytest.Captur
 
 def test_whose_seconds(monkeypatch: Any) -> None:
     """With several threads the processor's time is no time to wait; with one, it is what others do not lengthen."""
-    monkeypatch.setattr(latency.time, "process_time", lambda: 1.0)
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: 2.0)
-    assert latency._now(torch.device("cpu")) == 1.0
+    monkeypatch.setattr(speed.time, "process_time", lambda: 1.0)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: 2.0)
+    assert speed.now(torch.device("cpu")) == 1.0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert latency._now(torch.device("cpu")) == 2.0
+    assert speed.now(torch.device("cpu")) == 2.0
 
 
 def test_pairs_apart_change_the_output_and_share_the_weights(llama: Path, monkeypatch: Any) -> None:
@@ -320,15 +320,15 @@ def test_runtime_is_the_one_that_is_named(llama: Path, monkeypatch: Any) -> None
     monkeypatch.setattr(latency, "NEW", 2)
     monkeypatch.setattr(latency, "ROUNDS", 2)
     natively: list[tuple[Any, int]] = []
-    decode = latency._decode
+    decode = speed.one_by_one
 
-    def counted(whole: Any, prompt: Any) -> float:
+    def counted(whole: Any, prompt: Any, tokens: int) -> float:
         before = getattr(whole.forward, "tokens", 0)
-        took = decode(whole, prompt)
+        took = decode(whole, prompt, tokens)
         natively.append((os.environ[decoding.SWITCH], getattr(whole.forward, "tokens", 0) - before))
         return took
 
-    monkeypatch.setattr(latency, "_decode", counted)
+    monkeypatch.setattr(speed, "one_by_one", counted)
     latency.measure(str(llama), cells._recipe(TABLES["latency"], {"sparsity": 0.5}, None, {"device": "cpu"}, 0))
     assert natively.count(("ordinary", 0)) == 9 and natively.count(("native", 2)) == 6 and len(natively) == 15
     assert os.environ[decoding.SWITCH] == "ordinary"

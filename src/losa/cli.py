@@ -65,8 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"losa {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, doc: str) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name, help=doc, description=doc, allow_abbrev=False)
+    def command(name: str, run: Any, doc: str, among: Any = subparsers) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = among.add_parser(name, help=doc, description=doc, allow_abbrev=False)
         sub.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
         sub.add_argument("--quiet", action="store_true", help="no progress")
         sub.set_defaults(command=run, parser=sub)
@@ -140,16 +140,30 @@ def build_parser() -> argparse.ArgumentParser:
         options: dict[str, Any] = {"type": int} if name == "seed" else {}
         generate.add_argument(f"--{name}", default=field.default, help=field.metadata["doc"], **options)
 
-    bench = command("bench", commands.bench, "speed: `losa bench kernel` times one packed linear beside dense ones")
-    bench.add_argument("subject", metavar="kernel", help="what is timed; the kernel is named, and why it was taken")
-    bench.add_argument("--shape", default="11008x4096", help="OUTxIN (default: 11008x4096)")
-    bench.add_argument("--sparsity", type=float, default=0.7, help="share that is pruned (default: 0.7)")
-    bench.add_argument("--values", default="bfloat16", help="bfloat16, float16, float32 or int8 (default: bfloat16)")
-    bench.add_argument("--activations", default="bfloat16", help="bfloat16 or float32 (default: bfloat16)")
-    bench.add_argument("--rows", type=int, default=1, help="tokens at once (default: 1, as in decoding)")
-    bench.add_argument("--rounds", type=int, default=40, help="how often everyone is timed, in turns (default: 40)")
-    bench.add_argument("--threads", type=int, default=0, help="default: what torch takes")
-    bench.add_argument("--kernel", help=f"{', '.join(registry.KERNELS)} (default: LOSA_KERNEL, or the first that can)")
+    bench = subparsers.add_parser("bench", help="speed: of decoding, or of one packed linear", allow_abbrev=False)
+    subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
+    kernel = command(
+        "kernel", commands.bench_kernel, "time one packed linear beside dense ones and a plain reading", subjects
+    )
+    kernel.add_argument("--shape", default="11008x4096", help="OUTxIN (default: 11008x4096)")
+    kernel.add_argument("--sparsity", type=float, default=0.7, help="share that is pruned (default: 0.7)")
+    kernel.add_argument("--values", default="bfloat16", help="bfloat16, float16, float32 or int8 (default: bfloat16)")
+    kernel.add_argument("--activations", default="bfloat16", help="bfloat16 or float32 (default: bfloat16)")
+    kernel.add_argument("--rows", type=int, default=1, help="tokens at once (default: 1, as in decoding)")
+    kernel.add_argument("--rounds", type=int, default=40, help="how often everyone is timed, in turns (default: 40)")
+    kernel.add_argument("--threads", type=int, default=0, help="default: what torch takes")
+    kernel.add_argument("--kernel", help=f"{', '.join(registry.KERNELS)} (default: LOSA_KERNEL, or the first that can)")
+    about = "time how fast a model decodes one text, alone or in turns with another"
+    decode = command("decode", commands.bench_decode, about, subjects)
+    decode.add_argument("model", metavar="MODEL", help="any model, sparse or dense")
+    decode.add_argument("--against", metavar="OTHER", default="", help="another model, as the one it was made from")
+    decode.add_argument("--tokens", type=int, default=32, help="decoded one by one in each round (default: 32)")
+    decode.add_argument("--rounds", type=int, default=5, help="how often each decodes them, in turns (default: 5)")
+    decode.add_argument("--threads", type=int, default=0, help="default: what torch takes")
+    decode.add_argument("--save", action="store_true", help="put it into MODEL's losa.json, for `losa report`")
+    for name in ("device", "dtype"):
+        decode.add_argument(f"--{name}", default="auto", help=commands.settings_by_name()[name].metadata["doc"])
+
     report = command("report", commands.report, "what one run did, or several compared, as a page with pictures")
     report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="output of a run, finished or not")
     report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: report.html in the first DIR)")

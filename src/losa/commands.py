@@ -275,9 +275,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def bench(args: argparse.Namespace) -> dict[str, Any]:
-    if args.subject != "kernel":
-        raise registry.unknown("subject of a benchmark", args.subject, ["kernel"])
+def bench_kernel(args: argparse.Namespace) -> dict[str, Any]:
     from losa import bench
 
     found = bench.kernel(
@@ -303,6 +301,33 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
             f"{found['share_of_read_bandwidth']:.0%} of the reading speed; over the best dense product "
             f"{found['speedup_over_best_dense']:.2f}, {found['bound']:.2f} if both read at one speed"
         )
+    return found
+
+
+def bench_decode(args: argparse.Namespace) -> dict[str, Any]:
+    settings = recipe.load(None, {"device": args.device, "dtype": args.dtype})
+    _quiet_libraries()
+    from losa import speed
+
+    found = speed.decode(
+        args.model,
+        settings,
+        args.against,
+        tokens=args.tokens,
+        rounds=args.rounds,
+        threads=args.threads,
+        save=args.save,
+    )
+    if not args.json:
+        rows = [("", "tokens/s", "decoded by"), (args.model, f"{found['tokens_per_second']:.1f}", found["runtime"])]
+        if args.against:
+            other = found["against"]
+            rows.append((args.against, f"{other['tokens_per_second']:.1f}", other["runtime"]))
+        print_table(rows)
+        if args.against:
+            low, high = found["speedup_quartiles"]
+            print(f"{found['speedup']:.2f} times as fast as {args.against} ({low:.2f} to {high:.2f})")
+        print(f"{found['threads']} threads, {found['device']}")
     return found
 
 

@@ -10,7 +10,6 @@ magnitude and the pairs are random, and nothing is trained.
 import copy
 import os
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losa import bench, masks, model
+from losa import bench, masks, model, speed
 from losa.errors import LosaError
 from losa.recipe import Recipe
 from losa.sparse import decoding
@@ -86,7 +85,7 @@ def measure(source: str, recipe: Recipe) -> dict[str, Any]:
     packed = pack_model(merged, bits, stored, torch.int8 if recipe.values == "int8" else None)
     if not packed:
         raise LosaError(f"{source!r}: no linear is smaller packed at {recipe.sparsity:.0%}: there is nothing to time")
-    prompt = _prompt(dense)
+    prompt = speed.prompt_for(dense, PROMPT)
     _check_agreement(merged, prompt, recipe)
     apart = _with_pairs(merged, model.targeted(list(packed), recipe), recipe, dense.dtype)
     decoding.attach(dense)
@@ -101,7 +100,7 @@ def measure(source: str, recipe: Recipe) -> dict[str, Any]:
         "kept": sum(p.packed.kept for p in packed.values())
         / sum(p.in_features * p.out_features for p in packed.values()),
         "machine": machine(dense.device) | {"processor": bench.processor()},
-        "clock": "processor" if _alone(dense.device) else "wall",
+        "clock": "processor" if speed.alone(dense.device) else "wall",
         "dtype": str(dense.dtype).removeprefix("torch."),
     }
 
@@ -114,13 +113,6 @@ def _with_pairs(merged: Any, names: set[str], recipe: Recipe, dtype: torch.dtype
         base: Any = made.get_submodule(name)
         made.set_submodule(name, Apart(base, round(recipe.mean_rank), recipe.scaling, dtype))
     return made
-
-
-def _prompt(dense: Any) -> Tensor:
-    """int64 [1, PROMPT], random tokens."""
-    vocabulary = dense.config.get_text_config().vocab_size
-    drawn = torch.randint(vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    return drawn.to(dense.device)
 
 
 def _check_agreement(packed: Any, prompt: Tensor, recipe: Recipe) -> None:
@@ -140,7 +132,7 @@ def _compare(models: dict[str, Any], prompt: Tensor) -> dict[str, Any]:
     for turn in range(-1, ROUNDS):  # the first is thrown away
         for who in order:
             with _runtime("native" if who.startswith(NATIVE) else "ordinary"):
-                took = _decode(models[who], prompt)
+                took = speed.one_by_one(models[who], prompt, NEW)
             if turn >= 0:
                 seconds[who].append(took / NEW)
         order = order[1:] + order[:1]
@@ -165,24 +157,3 @@ def _runtime(which: str) -> Iterator[None]:
             del os.environ[decoding.SWITCH]
         else:
             os.environ[decoding.SWITCH] = before
-
-
-def _decode(whole: Any, prompt: Tensor) -> float:
-    """Seconds that NEW tokens take behind the prompt, one by one, the likeliest each time."""
-    out = whole(input_ids=prompt, use_cache=True)
-    began = _now(prompt.device)
-    for _ in range(NEW):
-        token = out.logits[:, -1:].argmax(-1)
-        out = whole(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-    return _now(prompt.device) - began
-
-
-def _now(device: torch.device) -> float:
-    """Seconds; of the processor where it computes with one thread, which others on the machine then do not lengthen."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.process_time() if _alone(device) else time.perf_counter()
-
-
-def _alone(device: torch.device) -> bool:
-    return device.type == "cpu" and torch.get_num_threads() == 1

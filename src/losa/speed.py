@@ -1,0 +1,151 @@
+"""How many tokens a second a model decodes, alone or in turns with another: `losa bench decode`."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losa import bench, model
+from losa.errors import LosaError
+from losa.recipe import Recipe
+from losa.run import write_json
+from losa.sparse import decoding
+
+PROMPT = 16  # tokens read at once, before those that are timed
+
+
+def decode(
+    source: str,
+    settings: Recipe,
+    against: str = "",
+    tokens: int = 32,
+    rounds: int = 5,
+    threads: int = 0,
+    save: bool = False,
+) -> dict[str, Any]:
+    """Decode `tokens` one by one behind a random prompt, one text at a time, `rounds` times; the first round is thrown away.
+
+    settings: device and dtype of it are read. against: another model, which decodes in turns with this one, so that their
+    ratio is of neighbours in time. threads: 0 for torch's. save: put what was found beside the measurements in the folder's
+    losa.json, where `losa report` shows it: of the model, and of the other one if the folder's was made from it.
+    Raises LosaError for a model that does not load, numbers out of range, and a folder that has no place to save it.
+    """
+    if tokens < 1 or rounds < 2 or threads < 0:
+        raise LosaError("tokens must be at least 1, rounds at least 2, threads at least 0")
+    sources = [source, *([against] if against else [])]
+    place = _place(source, against) if save else None
+    for name in sources:
+        if (room := model.longest_text(model.load_config(name))) < PROMPT + tokens:
+            raise LosaError(
+                f"{name!r} reads at most {room:g} tokens: --tokens can be {max(room - PROMPT, 0):g} at most"
+            )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        models = [_load(name, settings) for name in sources]
+        seconds = _turns(models, tokens, rounds)
+        used = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    speeds = [tokens / statistics.median(each) for each in seconds]
+    found: dict[str, Any] = {"tokens_per_second": round(speeds[0], 2), "runtime": _runtime(models[0])}
+    if against:
+        low, middle, high = statistics.quantiles(
+            [b / a for a, b in zip(*seconds, strict=True)], n=4, method="inclusive"
+        )
+        found |= {
+            "against": {"model": against, "tokens_per_second": round(speeds[1], 2), "runtime": _runtime(models[1])},
+            "speedup": round(middle, 3),
+            "speedup_quartiles": [round(low, 3), round(high, 3)],
+        }
+    if place is not None:
+        _save(place, found)
+    where = str(models[0].device) if models[0].device.type != "cpu" else bench.processor()
+    return found | {"tokens": tokens, "rounds": rounds, "threads": used, "device": where}
+
+
+def one_by_one(whole: Any, prompt: Tensor, tokens: int) -> float:
+    """Seconds that so many tokens take behind a prompt, int64 [1, length], the likeliest each time."""
+    out = whole(input_ids=prompt, use_cache=True)
+    began = now(prompt.device)
+    for _ in range(tokens):
+        token = out.logits[:, -1:].argmax(-1)
+        out = whole(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    return now(prompt.device) - began
+
+
+def now(device: torch.device) -> float:
+    """Seconds; of the processor where it computes with one thread, which others on the machine then do not lengthen."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.process_time() if alone(device) else time.perf_counter()
+
+
+def alone(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def prompt_for(whole: Any, length: int) -> Tensor:
+    """int64 [1, length], random tokens of its vocabulary."""
+    vocabulary = whole.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(whole.device)
+
+
+def _load(source: str, settings: Recipe) -> Any:
+    loaded = model.load_whole(source, settings)
+    model.check_finite(loaded)
+    if loaded.device.type == "cpu":
+        decoding.attach(loaded)
+    return loaded
+
+
+@torch.no_grad()
+def _turns(models: list[Any], tokens: int, rounds: int) -> list[list[float]]:
+    """Seconds of each model in every round, who begins changing from round to round."""
+    seconds: list[list[float]] = [[] for _ in models]
+    prompts = [prompt_for(whole, PROMPT) for whole in models]
+    order = list(range(len(models)))
+    for turn in range(-1, rounds):
+        for who in order:
+            took = one_by_one(models[who], prompts[who], tokens)
+            if turn >= 0:
+                seconds[who].append(took)
+        order = order[1:] + order[:1]
+    return seconds
+
+
+def _runtime(whole: Any) -> str:
+    """What decoded it, and why that if it was not the native runtime."""
+    if whole.device.type != "cpu":
+        return "the model's own forward"
+    if (why := decoding.refusal(whole)) is not None:
+        return f"the model's own forward: {why}"
+    return "native" if vars(whole)["forward"].tokens else f"the model's own forward: {decoding.SWITCH} asks for it"
+
+
+def _place(source: str, against: str) -> Path:
+    """The losa.json that takes what is measured."""
+    place = Path(source) / "losa.json"
+    if not place.is_file():
+        raise LosaError(f"--save needs a folder that losa compress or recover has made: {str(place)!r} is not there")
+    made = json.loads(place.read_text())
+    if against and made.get("source") != against:
+        raise LosaError(
+            f"--save with --against {against!r}: {source!r} was made from {made.get('source')!r}, name that"
+        )
+    if "sparse" not in made.get("measurements", {}):
+        raise LosaError(f"{str(place)!r} has no measurements of the sparse model to put the speed beside")
+    return place
+
+
+def _save(place: Path, found: dict[str, Any]) -> None:
+    made = json.loads(place.read_text())
+    made["measurements"]["sparse"]["tokens_per_second"] = found["tokens_per_second"]
+    came = "dense" if "dense" in made["measurements"] else "before"  # what losa recover calls it
+    if "against" in found and came in made["measurements"]:
+        made["measurements"][came]["tokens_per_second"] = found["against"]["tokens_per_second"]
+    write_json(place, made)
