@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint format docs fuzz package clean
 
-demo: .venv/ready
+demo: .venv/base
 	$(BIN)/losa demo --output losa-demo --overwrite
 
 test: lint
@@ -42,9 +42,16 @@ package: .venv/ready
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python scripts/try_package.py dist/*.whl dist/*.tar.gz
 
-.venv/ready: pyproject.toml constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# What losa itself needs; then what its tests and documentation do.
+.venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --editable .
+	touch $@
+
+.venv/ready: .venv/base
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from docutils import nodes
@@ -36,7 +37,7 @@ def kind_of(kind: Any) -> str:
         return " | ".join(get_args(kind))
     if get_origin(kind) in (dict, list):
         return {dict: "JSON", list: "texts"}[get_origin(kind)]
-    return " or ".join(part.__name__ for part in get_args(kind) or (kind,))
+    return " or ".join(part.__name__ for part in get_args(kind) or (kind,) if part is not NoneType)
 
 
 class Settings(Directive):

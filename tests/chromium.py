@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,8 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._from], [], [], self.seconds)
+            assert ready, f"the browser has not answered in {self.seconds} s: {self.said}"
             more = os.read(self._from, 1 << 20)
             assert more, "the browser is gone"
             self._rest += more

@@ -162,6 +162,7 @@ def two_steps(text: Path) -> dict[str, Any]:
         train_length=24,
         batch_size=4,
         micro_batch_size=2,
+        learning_rate=2e-3,
         eval_data=str(text),
         eval_tokens=500,
         eval_step_tokens=200,

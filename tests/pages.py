@@ -43,6 +43,7 @@ SMALL_TRAINING = {
     "--batch-size": "4",
     "--micro-batch-size": "2",
     "--mean-rank": "2",
+    "--learning-rate": "1e-3",
     "--eval-tokens": "500",
     "--eval-window": "64",
     "--eval-step-tokens": "200",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import LONG
 
 from losa.cli import main
@@ -89,6 +90,30 @@ def test_quiet_says_nothing_on_the_way(
 ) -> None:
     assert main(["compress", str(llama), "--output", str(tmp_path / "out"), *flags(settings), "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("losa.inspection.inspect", fails)
+    assert main(["inspect", "demo"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"losa: out of memory ({str(error).splitlines()[0]}); less is taken with --micro-batch-size 1"
+    )
+    monkeypatch.setattr("losa.inspection.inspect", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["inspect", "demo"])
 
 
 def test_inspect_counts_zeros_of_models_from_elsewhere(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

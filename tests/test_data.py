@@ -494,11 +494,15 @@ def test_answers_out_of_reach_are_passed_over(write: Callable[..., str], tokeniz
     path = write("a.json", records)
     examples = data.training_examples(path, tokenizer, 20, 400, seed=0, loss_on="answer")
     assert all((e.labels != IGNORED).any() for e in examples)
-    message = r"has 20 rows to train on \(10 more have no answer within 400 tokens\), 21 are needed"
+    message = (
+        r"has 20 rows to train on \(10 more have no answer within 400 tokens\), train_samples asks for 21: lower it"
+    )
     with pytest.raises(LosaError, match=message):
         data.training_examples(path, tokenizer, 21, 400, seed=0, loss_on="answer")
     assert len(data.training_examples(path, tokenizer, 30, 400, seed=0, loss_on="all")) == 30
-    with pytest.raises(LosaError, match="has 30 rows to train on, 31 are needed"):
+    with pytest.raises(
+        LosaError, match="has 30 rows to train on, train_samples asks for 31: lower it, or leave it out"
+    ):
         data.training_examples(path, tokenizer, 31, 400, seed=0, loss_on="all")
 
 
@@ -524,8 +528,25 @@ def test_too_little_running_text(write: Callable[..., str], tokenizer: PreTraine
         data.training_examples(write("a.txt", "x" * 1000), tokenizer, 16, 64, seed=0)
     with pytest.raises(LosaError, match="has 50 tokens of text, 1 sequences of 64 need 64"):
         data.training_examples(write("a.txt", "x" * 50), tokenizer, 1, 64, seed=0)
-    with pytest.raises(LosaError, match="has 0 rows to train on"):
-        data.training_examples(write("b.json", []), tokenizer, 1, 64, seed=0)
+    for asked in (1, None):
+        with pytest.raises(LosaError, match="has 0 rows to train on"):
+            data.training_examples(write("b.json", []), tokenizer, asked, 64, seed=0)
+    with pytest.raises(LosaError, match="lower train_samples or train_length"):
+        data.training_examples(write("a.txt", "x" * 50), tokenizer, None, 64, seed=0)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.txt"])
+def test_rows_that_nobody_counted_are_all_there_are(
+    write: Callable[..., str], tokenizer: PreTrainedTokenizerFast, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [{"instruction": "a", "output": "b" * 20}] * 30
+    path = write(name, records if name == "a.json" else "x" * 1000)
+    there = 30 if name == "a.json" else 1000 // 64
+    assert len(data.training_examples(path, tokenizer, None, 64, seed=0)) == there
+    monkeypatch.setattr(data, "MOST_ROWS", 7)
+    some = data.training_examples(path, tokenizer, None, 64, seed=0)
+    asked = data.training_examples(path, tokenizer, 7, 64, seed=0)
+    assert [e.input_ids.tolist() for e in some] == [e.input_ids.tolist() for e in asked]
 
 
 def test_end_token_stands_once_where_the_tokenizer_adds_it(write: Callable[..., str]) -> None:

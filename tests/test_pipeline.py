@@ -225,9 +225,13 @@ def test_a_lora_kept_apart_counts_in_what_is_measured_later(
     assert texts[0] != texts[1]
     with monkeypatch.context() as patch:
         patch.setattr(losa.model, "find_spec", lambda _: None)
-        with pytest.raises(LosaError, match=r"has an adapter beside it, which needs PEFT: pip install 'losa\[peft\]'"):
+        with pytest.raises(LosaError, match=r"has an adapter beside it, which needs PEFT: pip install peft"):
             losa.model.load_whole(str(out), recipe)
-    (out / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    weights = out / "adapter" / "adapter_model.safetensors"
+    weights.rename(out / "adapter" / "adapter_model.bin")
+    with pytest.raises(LosaError, match=r"without adapter_model\.safetensors: losa loads no pickles"):
+        losa.model.load_whole(str(out), recipe)
+    weights.write_bytes(b"damaged")
     with pytest.raises(LosaError, match="cannot load the model"):
         losa.model.load_whole(str(out), recipe)
 

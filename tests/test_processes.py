@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import losa
-from losa import distributed, masks, pruning
+from losa import distributed, inputs, masks, pruning
 from losa.errors import LosaError
 from losa.model import choose_device
+from losa.pruners.wanda import Wanda
 from losa.recipe import Recipe
 from losa.repair_recipe import PRUNING
 
@@ -271,6 +272,16 @@ def test_other_commands_run_in_one_process() -> None:
     assert lines_of_losa(done) == [
         "losa: losa inspect runs in one process: torchrun is for losa compress and losa recover"
     ]
+
+
+def test_a_pruner_whose_statistics_are_no_sums_is_for_one_process(
+    llama: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "launched", lambda: 2)
+    inputs.check(str(llama), small, None)
+    monkeypatch.setattr(Wanda, "sums", False)
+    with pytest.raises(LosaError, match="pruner 'wanda' is for one process: start losa without torchrun"):
+        inputs.check(str(llama), small, None)
 
 
 @hypothesis.given(count=st.integers(0, 1000), processes=st.integers(1, 64))

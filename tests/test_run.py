@@ -1,5 +1,6 @@
 """The run directory: what a kill at its edges leaves, what --overwrite may take away, and what cannot be resumed."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -98,6 +99,37 @@ def test_a_run_is_not_resumed_with_other_inputs(
         model.save_pretrained(source)
     with pytest.raises(LosaError, match="not what the run was started with"):
         losa.compress(str(source), recipe, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("how", ["written otherwise", "moved", "another"])
+def test_a_run_is_resumed_wherever_its_model_lies(how: str, llama: Path, tmp_path: Path, brief: Recipe) -> None:
+    source = shutil.copytree(llama, tmp_path / "dense")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("losa.pipeline.recover_step", lambda *_: (_ for _ in ()).throw(Killed))
+        losa.compress(str(source), brief, tmp_path / "out")
+    now = {"written otherwise": tmp_path / "out" / ".." / "dense", "another": llama}.get(how, tmp_path / "moved")
+    if how == "moved":
+        source.rename(now)
+    if how == "another":  # the same model, but as long as both are there losa cannot take one for the other
+        with pytest.raises(LosaError, match="was started with source"):
+            losa.compress(str(now), brief, tmp_path / "out", resume=True)
+    else:
+        assert losa.compress(str(now), brief, tmp_path / "out", resume=True).path
+
+
+def test_rows_are_counted_once_the_data_are_read(llama: Path, text: Path, tmp_path: Path, brief: Recipe) -> None:
+    """Where the recipe does not say how many: a killed run goes on, and the result says how many there were."""
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(text.read_text().splitlines()[:9]))
+    recipe = changed(brief, train_data=str(own), train_samples=None, train_length=400)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("losa.pipeline.recover_step", lambda *_: (_ for _ in ()).throw(Killed))
+        losa.compress(str(llama), recipe, tmp_path / "out")
+    result = losa.compress(str(llama), recipe, tmp_path / "out", resume=True)
+    assert result.recipe.train_samples == 9
+    assert json.loads((tmp_path / "out" / "losa.json").read_text())["recipe"]["train_samples"] == 9
+    with pytest.raises(LosaError, match="train_samples is 9: must be at least one row a step"):
+        losa.compress(str(llama), changed(recipe, steps=10))
 
 
 def test_a_finished_run_clears_what_a_kill_left(llama: Path, tmp_path: Path, brief: Recipe) -> None:

@@ -423,7 +423,7 @@ def test_hub_out_of_reach(llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(LosaError, match=r"tasks need lm-evaluation-harness .*: pip install 'losa\[eval\]'"):
+    with pytest.raises(LosaError, match=r"tasks need lm-evaluation-harness .*: pip install 'lm_eval\[hf\]'"):
         harness.prepare(["piqa"], {})
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from losa import commands, distributed, recipe, registry, repair_recipe
@@ -44,11 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LosaError as error:
         distributed.say_end(" ".join(str(error).split()))
         return 2
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        distributed.say_end(
+            f"out of memory ({str(error).splitlines()[0]}); less is taken with --micro-batch-size 1, --checkpointing, "
+            f"--dtype bfloat16 and shorter sequences, and --dry-run says how much; {again}"
+        )
+        return 2
     except KeyboardInterrupt:
         distributed.say_end(f"interrupted; {again}")
         return 130
     except BrokenPipeError:
         return 1
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's, or the machine's, as torch tells it."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,10 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"losa {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, doc: str, among: Any = subparsers) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, doc: str, among: Any = subparsers, long: bool = True) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = among.add_parser(name, help=doc, description=doc, allow_abbrev=False)
         sub.add_argument("--json", action="store_true", help="end with one line of JSON on standard output")
-        sub.add_argument("--quiet", action="store_true", help="no progress")
+        if long:
+            sub.add_argument("--quiet", action="store_true", help="no progress")
         sub.set_defaults(command=run, parser=sub)
         return sub
 
@@ -143,7 +157,11 @@ def build_parser() -> argparse.ArgumentParser:
     bench = subparsers.add_parser("bench", help="speed: of decoding, or of one packed linear", allow_abbrev=False)
     subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
     kernel = command(
-        "kernel", commands.bench_kernel, "time one packed linear beside dense ones and a plain reading", subjects
+        "kernel",
+        commands.bench_kernel,
+        "time one packed linear beside dense ones and a plain reading",
+        subjects,
+        long=False,
     )
     kernel.add_argument("--shape", default="11008x4096", help="OUTxIN (default: 11008x4096)")
     kernel.add_argument("--sparsity", type=float, default=0.7, help="share that is pruned (default: 0.7)")
@@ -154,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     kernel.add_argument("--threads", type=int, default=0, help="default: what torch takes")
     kernel.add_argument("--kernel", help=f"{', '.join(registry.KERNELS)} (default: LOSA_KERNEL, or the first that can)")
     about = "time how fast a model decodes one text, alone or in turns with another"
-    decode = command("decode", commands.bench_decode, about, subjects)
+    decode = command("decode", commands.bench_decode, about, subjects, long=False)  # bars would cost time
     decode.add_argument("model", metavar="MODEL", help="any model, sparse or dense")
     decode.add_argument("--against", metavar="OTHER", default="", help="another model, as the one it was made from")
     decode.add_argument("--tokens", type=int, default=32, help="decoded one by one in each round (default: 32)")
@@ -164,7 +182,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("device", "dtype"):
         decode.add_argument(f"--{name}", default="auto", help=commands.settings_by_name()[name].metadata["doc"])
 
-    report = command("report", commands.report, "what one run did, or several compared, as a page with pictures")
+    about = "what one run did, or several compared, as a page with pictures"
+    report = command("report", commands.report, about, long=False)
     report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="output of a run, finished or not")
     report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: report.html in the first DIR)")
 
@@ -212,7 +231,9 @@ def _add_settings(parser: argparse.ArgumentParser, hidden: Sequence[str] = ()) -
     """A flag a setting. `hidden`: not in the help, but known, so that the error can say why it means nothing here."""
     group = parser.add_argument_group("settings")
     for name, field in commands.settings_by_name().items():
-        kind = get_origin(field.type) or field.type
+        kinds = [part for part in get_args(field.type) if part is not NoneType]
+        optional = len(kinds) < len(get_args(field.type))
+        kind = kinds[0] if optional else get_origin(field.type) or field.type
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         options: dict[str, Any] = {"help": field.metadata["doc"].replace("%", "%%"), "dest": f"set_{name}"}
         if default not in ("", [], {}, None):

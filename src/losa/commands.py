@@ -256,7 +256,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     _quiet_libraries()
     from losa.sparse.convert import convert
 
-    found = convert(args.folder, args.output, args.format, args.values)
+    found = convert(args.folder, args.output, args.format, args.values, progress=_progress(args))
     if not args.json:
         print(
             f"{found['output']}: {found['packed']} of {found['linears']} linears packed; the model takes "
@@ -271,7 +271,14 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     from losa.generation import generate
 
     return generate(
-        args.model, args.prompt, settings, args.max_new_tokens, args.temperature, args.chat, stream=not args.json
+        args.model,
+        args.prompt,
+        settings,
+        args.max_new_tokens,
+        args.temperature,
+        args.chat,
+        stream=not args.json,
+        progress=_progress(args),
     )
 
 

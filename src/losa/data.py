@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from losa.errors import LosaError
+from losa.recipe import MOST_ROWS
 from losa.sources import SOURCES, Hub, Purpose, Row, load_rows, place_of
 
 if TYPE_CHECKING:
@@ -65,30 +66,31 @@ def calibration_tokens(
         pooled += len(tokens)
         if pooled >= enough:
             break
-    return _windows(pool, source, samples, length, rng)
+    return _windows(pool, source, samples, length, rng, "calibration_samples or sequence_length")
 
 
 def training_examples(
     source: str,
     tokenizer: "PreTrainedTokenizerBase",
-    samples: int,
+    samples: int | None,
     length: int,
     seed: int,
     loss_on: Literal["all", "answer"] = "all",
 ) -> list[Example]:
-    """`samples` examples of at most `length` tokens, in seeded order, none twice.
+    """`samples` examples of at most `length` tokens, in seeded order, none twice; None: all there are, MOST_ROWS at most.
 
     A row is an example: its text and the end token, or as much as fits; rows without any label within `length` are
     passed over. Running text (the demo, C4, WikiText-2, .txt, rows of `text` of which half or more are longer than
     `length`) is packed instead, and every example has exactly `length` tokens. Raises LosaError if there are too few.
     """
+    most = samples or MOST_ROWS
     rng, end = random.Random(seed), _end(tokenizer)
     rows = _shuffled(source, "train", tokenizer, seed)
     encoded = _encode_rows(rows, tokenizer, prompts=loss_on == "answer")
     head = list(islice(encoded, 64))
     if head and _is_running_text(source, head, length):
         pool: list[Tensor] = []
-        pooled, enough = 0, max(samples * length + 1, POOL_TOKENS)
+        pooled, enough = 0, max(most * length + 1, POOL_TOKENS)
         for text in chain(head, encoded):
             if text.has_prompt and loss_on == "answer":
                 raise LosaError(f"{source!r} mixes running text and rows with prompts: no loss over the answers only")
@@ -96,7 +98,12 @@ def training_examples(
             pooled += len(text.ids) + 1
             if pooled >= enough:
                 break
-        return [Example(ids, ids.clone()) for ids in _windows(pool, source, samples, length, rng)]
+        if samples is None:
+            samples = max(1, min(most, (pooled - 1) // length))
+        return [
+            Example(ids, ids.clone())
+            for ids in _windows(pool, source, samples, length, rng, "train_samples or train_length")
+        ]
 
     examples: list[Example] = []
     passed_over = 0
@@ -109,10 +116,13 @@ def training_examples(
             passed_over += 1
             continue
         examples.append(Example(ids, labels))
-        if len(examples) == samples:
+        if len(examples) == most:
             return examples
+    if samples is None and examples:
+        return examples
     note = f" ({passed_over} more have no answer within {length} tokens)" if passed_over else ""
-    raise LosaError(f"{source!r} has {len(examples)} rows to train on{note}, {samples} are needed")
+    asked = f"train_samples asks for {samples}: lower it, or leave it out" if samples else "one is needed at least"
+    raise LosaError(f"{source!r} has {len(examples)} rows to train on{note}, {asked}")
 
 
 def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
@@ -142,7 +152,7 @@ def evaluation_tokens(source: str, tokenizer: "PreTrainedTokenizerBase", window:
     if len(ids) < window:
         raise LosaError(
             f"{source!r} gives {len(ids)} tokens to evaluate on, less than one window of {window}: "
-            "read more text, or take a shorter window"
+            "read more text, or lower the window (eval_window of a run, --window of losa evaluate)"
         )
     return torch.tensor(ids)
 
@@ -222,13 +232,13 @@ def _is_running_text(source: str, head: list[Encoded], length: int) -> bool:
     return continuous or source.endswith(".txt") or 2 * sum(len(text.ids) > length for text in head) >= len(head)
 
 
-def _windows(pool: list[Tensor], source: str, samples: int, length: int, rng: random.Random) -> Tensor:
+def _windows(pool: list[Tensor], source: str, samples: int, length: int, rng: random.Random, settings: str) -> Tensor:
     """int64 [samples, length]: different windows of the pooled documents (each with its end token), in random order."""
     stream = torch.cat(pool)[:-1] if pool else torch.empty(0, dtype=torch.int32)
     count = len(stream) // length
     if count < samples:
         needed = f"{samples} sequences of {length} need {samples * length}"
-        raise LosaError(f"{source!r} has {len(stream)} tokens of text, {needed}")
+        raise LosaError(f"{source!r} has {len(stream)} tokens of text, {needed}: lower {settings}")
     first = rng.randrange(len(stream) - count * length + 1)
     windows = stream[first : first + count * length].view(count, length)
     return windows[torch.tensor(rng.sample(range(count), samples))].long()

@@ -81,7 +81,7 @@ def refuses(x: Tensor, weight: Tensor, bits: Tensor, a: Tensor, b: Tensor, bias:
     if not weight.is_contiguous() or not bits.is_contiguous():
         return "the fused linear takes contiguous weights"
     if not has_triton():
-        return "Triton is not installed: pip install 'losa[gpu]'"
+        return "Triton is not installed: pip install triton"
     if x.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the fused linear needs CUDA compute capability 8.0"
     return None

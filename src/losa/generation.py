@@ -9,6 +9,7 @@ from torch import Tensor
 
 from losa import model
 from losa.errors import LosaError
+from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.sparse import decoding
 
@@ -21,6 +22,7 @@ def generate(
     temperature: float = 0.0,
     chat: bool = False,
     stream: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Continue `prompt` by at most `max_new_tokens`; the likeliest ones, or drawn at a `temperature` above 0, seeded.
 
@@ -51,8 +53,9 @@ def generate(
             f"the prompt has {length} tokens: with {max_new_tokens} more they are beyond the "
             f"{model.longest_text(config)} that the model reads: shorten it, or lower --max-new-tokens"
         )
-    loaded = model.load_whole(source, settings)
-    model.check_finite(loaded)
+    with (progress or Progress(quiet=True)).working("loading"):
+        loaded = model.load_whole(source, settings)
+        model.check_finite(loaded)
     if loaded.device.type == "cpu":
         decoding.attach(loaded)
     drawn = {"do_sample": True, "temperature": temperature}

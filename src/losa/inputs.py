@@ -95,6 +95,8 @@ def _check_processes(recipe: Recipe, resume: bool) -> None:
             f"{fewest} calibration sequences do not divide over {processes} processes: raise calibration_samples and "
             "allocation_samples, or start fewer"
         )
+    if recipe.prunes and processes > 1 and not registry.get("pruner", recipe.pruner).sums:
+        raise LosaError(f"pruner {recipe.pruner!r} is for one process: start losa without torchrun")
     if recipe.reconstruct and processes > 1:
         raise LosaError(
             "reconstruct leads one block at a time in one process: set it to 0, or start losa without torchrun"

@@ -23,8 +23,6 @@ from losa.sparse.linear import PackedLinear
 
 if TYPE_CHECKING:
     from losa.adapters import MaskedLinear
-if TYPE_CHECKING:
-    from losa.adapters import MaskedLinear
     from losa.disk import OnDisk
     from losa.recovery.distillation import Teacher
 
@@ -423,18 +421,21 @@ def load_whole(source: str, recipe: Recipe) -> Any:
 
     loaded = load(source, recipe)
     place = locate(source)
+    quietly: dict[str, Any] = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
     with loading(source):
-        config = cached_file(
-            place,
-            "adapter_config.json",
-            subfolder=ADAPTER,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
+        config, weights = (
+            cached_file(place, name, subfolder=ADAPTER, **quietly)
+            for name in ("adapter_config.json", "adapter_model.safetensors")
         )
     if config is None:
         return loaded
+    if weights is None:  # PEFT would look for a pickle
+        raise LosaError(f"{source!r} has an adapter beside it without adapter_model.safetensors: losa loads no pickles")
     if find_spec("peft") is None:
-        raise LosaError(f"{source!r} has an adapter beside it, which needs PEFT: pip install 'losa[peft]'")
+        raise LosaError(f"{source!r} has an adapter beside it, which needs PEFT: pip install peft")
     from peft import PeftModel
 
     with warnings.catch_warnings(), loading(source):

@@ -457,4 +457,4 @@ def _plotly() -> tuple[Any, Any]:
     try:
         return importlib.import_module("plotly.graph_objects"), importlib.import_module("plotly.subplots")
     except ImportError:
-        raise LosaError("losa report draws with plotly, which is not installed: pip install 'losa[report]'") from None
+        raise LosaError("losa report draws with plotly, which is not installed: pip install plotly") from None

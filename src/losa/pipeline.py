@@ -105,13 +105,12 @@ def compress(
         recipe = load(recipe) if isinstance(recipe, str) else from_settings(recipe)
     if not recipe.prunes:
         raise LosaError("compress prunes: give it a Recipe, and a Repair to losa.recover")
-    made = recipe
 
-    def begin(subject: Subject, inputs: Inputs) -> Callable[[Run], Result]:
+    def begin(subject: Subject, recipe: Recipe, inputs: Inputs) -> Callable[[Run], Result]:
         from losa import from_disk
 
         work = from_disk.compress if subject.home else _compress
-        return lambda run: work(subject, made, inputs, run)
+        return lambda run: work(subject, recipe, inputs, run)
 
     return start(source, recipe, output, begin, tokenizer, resume, overwrite, progress)
 
@@ -120,7 +119,7 @@ def start(
     source: Any,
     recipe: Recipe,
     output: str | Path | None,
-    begin: Callable[[Subject, Inputs], Callable[[Run], Result]],
+    begin: Callable[[Subject, Recipe, Inputs], Callable[[Run], Result]],
     tokenizer: Any,
     resume: bool,
     overwrite: bool,
@@ -151,7 +150,7 @@ def _start(
     tokenizer: Any,
     recipe: Recipe,
     output: Path | None,
-    begin: Callable[[Subject, Inputs], Callable[[Run], Result]],
+    begin: Callable[[Subject, Recipe, Inputs], Callable[[Run], Result]],
     resume: bool,
     overwrite: bool,
     progress: Progress | None,
@@ -177,6 +176,7 @@ def _start(
         way = memory.choose(source, recipe, config, output is not None, run.from_disk)
         with run.phase("reading"):
             inputs = read(recipe, tokenizer, config)
+            settled = with_rows(recipe, len(inputs.examples))
         with run.phase("loading"):
             if way.from_disk:
                 dtype = model.choose_dtype(recipe.dtype, device_of(recipe))
@@ -187,7 +187,7 @@ def _start(
         subject.spill = run.folder if way.spill else None
         if distributed.world() > 1:
             distributed.check_alike(fingerprint(subject, inputs))
-        go = begin(subject, inputs)
+        go = begin(subject, settled, inputs)
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
             run.start(recipe, name, overwrite, way.from_disk)
         run.log("machine", **usage.machine(device_of(recipe)), dtype=str(subject.model.dtype).removeprefix("torch."))
@@ -196,6 +196,15 @@ def _start(
         return go(run)
     finally:
         run.close()
+
+
+def with_rows(recipe: Recipe, rows: int) -> Recipe:
+    """`recipe` with the number of recovery rows that were found. Raises LosaError if they are too few for its steps."""
+    if not recipe.trains or recipe.train_samples is not None:
+        return recipe
+    made = recipe.at(train_samples=rows)
+    made.validate()
+    return made
 
 
 def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Result:

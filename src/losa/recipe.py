@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin
 
 from losa import patterns, registry
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RECIPES = (
     *("paper", "best", "best-adapters", "demo", "lora", "sparse-lora", "adalora", "sora", "finetune-then-sparsify"),
 )
+MOST_ROWS = 10_000  # recovery rows where none are asked for: the paper's
 KINDS_WITH_OPTIONS: tuple[Literal["pruner", "allocator", "recovery"], ...] = ("pruner", "allocator", "recovery")
 
 
@@ -89,7 +90,9 @@ class Recipe:
         4096, "dense features kept for the reconstruction errors, tokens per block; 0 keeps all"
     )
     train_data: str = setting("alpaca-gpt4", "recovery data: alpaca-gpt4, demo, a hub name or a local file")
-    train_samples: int = setting(10000, "recovery rows over all steps, each used once")
+    train_samples: int | None = setting(
+        None, f"recovery rows over all steps, each used once; default: all there are, {MOST_ROWS} at most"
+    )
     train_length: int = setting(1024, "tokens of a recovery row at most")
     last_step_share: float = setting(
         0.6, "share of the recovery rows for the last step; the others share the rest evenly"
@@ -113,7 +116,7 @@ class Recipe:
         0.02, "peak learning rate of that, as a share of the root mean square of a linear's kept weights"
     )
     learning_rate: float | str = setting(
-        2e-3, "peak learning rate of AdamW; auto: by short trials, on rows held out from them"
+        "auto", "peak learning rate of AdamW; auto: by short trials, on rows held out from them"
     )
     batch_size: int = setting(8, "recovery rows an optimizer step takes")
     micro_batch_size: int = setting(
@@ -216,7 +219,8 @@ class Recipe:
         self._check_what_pruner_reads()
         self._check_format()
         self._check_recovery()
-        positive = "steps calibration_samples sequence_length allocation_samples train_samples train_length batch_size"
+        positive = "steps calibration_samples sequence_length allocation_samples train_length batch_size"
+        _require(self.rows > 0, "train_samples", self.train_samples, "above 0")
         self._check_rate()
         others = ("epochs", "distill_temperature", "teacher_top", "reconstruct_rate")
         for name in [*positive.split(), "micro_batch_size", "base_rank", "alpha", "clip", *others]:
@@ -239,7 +243,7 @@ class Recipe:
             f"a divisor of batch_size ({self.batch_size})",
         )
         if registry.get("recovery", self.recovery).trains:
-            rows = self.train_samples - len(self.rows_of(0))
+            rows = self.rows - len(self.rows_of(0))
             _require(rows >= self.steps, "train_samples", self.train_samples, "at least one row a step")
         allocator = registry.get("allocator", self.allocator)
         if self.rates_per == "linear" and not allocator.per_linear:
@@ -389,6 +393,11 @@ class Recipe:
         return self.mean_rank + self.rank_growth * max(0, step - 1)
 
     @property
+    def rows(self) -> int:
+        """The recovery rows of all steps, the most there can be as long as the data have not been read."""
+        return MOST_ROWS if self.train_samples is None else self.train_samples
+
+    @property
     def max_rank(self) -> int:
         """The most a block can get: max(16, twice the last mean)."""
         return max(16, math.ceil(2 * self.mean_rank_at(self.steps)))
@@ -397,14 +406,14 @@ class Recipe:
         """The recovery rows of step 1..T: the last takes its share, the others divide the rest; every row once.
 
         None is left without, unless the share is 0 or 1. Step 0 is the fine-tuning of the dense model, if there is one."""
-        first = math.ceil(self.train_samples * self.finetune_first)
+        first = math.ceil(self.rows * self.finetune_first)
         if step == 0:
             return range(first)
-        rows = self.train_samples - first
+        rows = self.rows - first
         early = 0 if self.steps == 1 else round(rows * (1 - self.last_step_share))
         if self.steps > 1 and 0 < self.last_step_share < 1:  # at least one row a step
             early = min(max(early, self.steps - 1), rows - 1)
-        bounds = [first + early * s // max(1, self.steps - 1) for s in range(self.steps)] + [self.train_samples]
+        bounds = [first + early * s // max(1, self.steps - 1) for s in range(self.steps)] + [self.rows]
         return range(bounds[step - 1], bounds[step])
 
     @property
@@ -528,7 +537,8 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
     allowed = tuple(get_origin(part) or part for part in parts)
     value = _widened(value, kind)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise LosaError(f"{name}: expected {' or '.join(k.__name__ for k in allowed)}, got {value!r}")
+        named = " or ".join(k.__name__ for k in allowed if k is not NoneType)
+        raise LosaError(f"{name}: expected {named}, got {value!r}")
     if kind == list[str] and not all(isinstance(part, str) for part in value):
         raise LosaError(f"{name}: expected a list of strings, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):

@@ -143,15 +143,15 @@ def recover(
         raise LosaError(
             f"recover takes a Repair, a dict of settings or the name of a recipe, not a {type(made).__name__}"
         )
-    chosen: Repair = made
 
-    def begin(subject: Subject, inputs: Inputs) -> Callable[[Run], Result]:
+    def begin(subject: Subject, recipe: Recipe, inputs: Inputs) -> Callable[[Run], Result]:
+        assert isinstance(recipe, Repair)
         found = find_masks(weights_of(subject.blocks), folder_of(source))
         refuse_dense(found)
-        known = chosen.found(found.sparsity)
+        known = recipe.found(found.sparsity)
         return lambda run: _recover(subject, known, inputs, found, run)
 
-    return pipeline.start(source, chosen, output, begin, tokenizer, resume, overwrite, progress)
+    return pipeline.start(source, made, output, begin, tokenizer, resume, overwrite, progress)
 
 
 def _recover(subject: Subject, recipe: Recipe, inputs: Inputs, found: Found, run: Run) -> Result:

@@ -108,7 +108,7 @@ class Run:
         kept = read_recipe(self.output)
         self.from_disk = kept["from_disk"]
         for name in ("command", "source", "versions"):
-            if kept[name] != asked[name]:
+            if kept[name] != asked[name] and not (name == "source" and may_be_same(kept[name], asked[name])):
                 raise LosaError(
                     f"{self.output} was started with {name} {kept[name]}, not {asked[name]}: start a new run"
                 )
@@ -280,6 +280,12 @@ def read_recipe(output: Path) -> dict[str, Any]:
         return {"from_disk": kept.get("from_disk", False)} | {name: kept[name] for name in names}
     except (ValueError, KeyError, TypeError):
         raise LosaError(f"{path} is damaged: start a new run in another folder, or with --overwrite") from None
+
+
+def may_be_same(was: str, now: str) -> bool:
+    """Whether two names may be of one model: written otherwise, or moved. Whether they are, only what is in them says."""
+    there = Path(now).expanduser()
+    return was == now or (there.is_dir() and (not Path(was).exists() or Path(was).resolve() == there.resolve()))
 
 
 def _asked(recipe: Recipe, source: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from losa import bench, model
 from losa.errors import LosaError
 from losa.recipe import Recipe
-from losa.run import write_json
+from losa.run import may_be_same, write_json
 from losa.sparse import decoding
 
 PROMPT = 16  # tokens read at once, before those that are timed
@@ -133,7 +133,7 @@ def _place(source: str, against: str) -> Path:
     if not place.is_file():
         raise LosaError(f"--save needs a folder that losa compress or recover has made: {str(place)!r} is not there")
     made = json.loads(place.read_text())
-    if against and made.get("source") != against:
+    if against and not may_be_same(made.get("source", ""), against):
         raise LosaError(
             f"--save with --against {against!r}: {source!r} was made from {made.get('source')!r}, name that"
         )

@@ -67,6 +67,7 @@ class Pruner(ABC):
     unit: str
     needs_inputs: bool
     needs_gradients: bool = False
+    sums: ClassVar[bool] = True  # whether the sum of two statistics is that of both: else it is for one process
     changes_weights: bool
     copies: ClassVar[tuple[tuple[float, float], ...]]
 

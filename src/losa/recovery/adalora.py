@@ -168,7 +168,7 @@ class AdaLoRA(MaskedLowRank):
         if not self.orthogonality >= 0:
             raise LosaError(f"orthogonality is {self.orthogonality}: must be at least 0")
         if find_spec("peft") is None:  # importing it takes seconds
-            raise LosaError("recovery 'adalora' needs PEFT, which is not installed: pip install 'losa[peft]'")
+            raise LosaError("recovery 'adalora' needs PEFT, which is not installed: pip install peft")
 
     @classmethod
     def parameters(cls, shape: tuple[int, int], recipe: Recipe) -> int:

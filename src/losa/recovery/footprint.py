@@ -39,7 +39,7 @@ def check(recipe: Recipe) -> None:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise LosaError(
-            f"optimizer {recipe.optimizer!r} needs bitsandbytes, which is not installed: pip install 'losa[gpu]', or "
+            f"optimizer {recipe.optimizer!r} needs bitsandbytes, which is not installed: pip install bitsandbytes, or "
             "use adamw"
         )
     if (device := choose_device(recipe.device)).type != "cuda":

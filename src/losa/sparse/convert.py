@@ -16,6 +16,7 @@ from losa import card, masks, model
 from losa.checkpoint import INDEX, MASKS, SINGLE, Checkpoint, files_of, weight_bytes
 from losa.errors import LosaError
 from losa.export import load_masks
+from losa.progress import Progress
 from losa.run import CARD, FORMAT, share, sync, write_bytes, write_json, writing
 from losa.shrink import OURS, PLAIN
 from losa.sparse.linear import describe, layouts_in
@@ -27,7 +28,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".
 
 
 def convert(
-    folder: Path, output: Path, form: Literal["dense", "packed"], values: Literal["auto", "int8"] = "auto"
+    folder: Path,
+    output: Path,
+    form: Literal["dense", "packed"],
+    values: Literal["auto", "int8"] = "auto",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the model in `folder` to the new folder `output`, dense or packed. All but the linears is copied.
 
@@ -51,7 +56,7 @@ def convert(
     with writing(output, ""), _staging(output) as staging:
         writer = _Writer(staging)
         made: dict[str, Layout] = {}
-        for key in files.files:
+        for key in (progress or Progress(quiet=True)).track(list(files.files), "writing", "tensor"):
             if key in linears:
                 name, shape = linears[key]
                 weight, mask = _read(files, name, shape, kept, config)

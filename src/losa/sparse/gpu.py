@@ -38,7 +38,7 @@ class Triton:
         if x_dtype not in FLOATS:
             return f"multiplies float32, bfloat16 and float16, not {x_dtype}"
         if not has_triton():
-            return "Triton is not installed: pip install 'losa[gpu]'"
+            return "Triton is not installed: pip install triton"
         if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return "needs CUDA compute capability 8.0, for bfloat16"
         return None

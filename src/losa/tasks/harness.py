@@ -46,7 +46,7 @@ def prepare(names: Sequence[str], task_data: Mapping[str, str]) -> dict[str, Any
     try:
         from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
     except ImportError as error:
-        raise LosaError(f"tasks need lm-evaluation-harness ({error}): pip install 'losa[eval]'") from None
+        raise LosaError(f"tasks need lm-evaluation-harness ({error}): pip install 'lm_eval[hf]'") from None
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
     prepared: dict[str, Any] = {}
     for name in names:
