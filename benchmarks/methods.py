@@ -1,7 +1,7 @@
 """Comparisons on the built-in model: what is left of the quality after pruning and recovery.
 
     python benchmarks/methods.py --results benchmarks/results.jsonl [--only methods allocators pruners] [--part 1/2]
-    python benchmarks/methods.py --results benchmarks/results.jsonl --table
+    python benchmarks/methods.py --results benchmarks/results.jsonl --table [--markdown README.md docs/log.md]
 
 methods: the paper's comparison, by pruner and sparsity. allocators: which rates win, by sparsity. pruners: the paper's
 appendix E, at 70%. All get the same 1500 x 256 tokens. The learning rate of each method is chosen on demo:validation at
@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -149,12 +150,14 @@ def held_out(text: str, count: int) -> tuple[Any, float]:
     return tokens, evaluate.perplexity(model.load("demo", recipe.load("demo", {})), tokens, 512)
 
 
-def tables(path: Path) -> None:
-    """What the file holds, one table a comparison: perplexity, with mean, deviation and number of seeds where there are several."""
-    for phase, row, columns in (
-        ("test", "method", ("pruner", "sparsity")),
-        ("allocators", "allocator", ("after", "sparsity")),
-        ("pruners", "pruner", ("after",)),
+def tables(path: Path) -> dict[str, str]:
+    """What the file holds, a table in Markdown of each comparison: perplexity, with mean, deviation and number of seeds
+    where there are several."""
+    made = {}
+    for name, phase, row, columns in (
+        ("methods", "test", "method", ("pruner", "sparsity")),
+        ("allocators", "allocators", "allocator", ("after", "sparsity")),
+        ("pruners", "pruners", "pruner", ("after",)),
     ):
         found: dict[str, dict[str, dict[int, float]]] = {}
         for line in read(path).values():
@@ -165,9 +168,21 @@ def tables(path: Path) -> None:
                 column = " ".join(f"{line[c]:.0%}" if isinstance(line[c], float) else line[c] for c in columns)
                 found.setdefault(line[row], {}).setdefault(column, {})[line.get("seed", 0)] = line["perplexity"]
         names = sorted({column for cells in found.values() for column in cells})
-        print("\n" + " | ".join(["", row, *names, ""]).strip() + "\n|" + "---|" * (len(names) + 1))
-        for name, cells in found.items():
-            print(" | ".join(["", name, *(_cell([*cells.get(column, {}).values()]) for column in names), ""]).strip())
+        lines = [[row, *names], ["---"] * (len(names) + 1)]
+        lines += [
+            [key, *(_cell([*cells.get(column, {}).values()]) for column in names)] for key, cells in found.items()
+        ]
+        made[name] = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return made
+
+
+def with_tables(text: str, made: dict[str, str]) -> str:
+    """`text` with each table between its markers, where it has them."""
+    for name, table in made.items():
+        text = re.sub(
+            f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL
+        )
+    return text
 
 
 def _cell(values: list[float]) -> str:
@@ -183,9 +198,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--part", default="1/1", help="K/N: every N-th result, from the K-th")
     parser.add_argument("--table", action="store_true", help="print what the file holds")
+    parser.add_argument(
+        "--markdown", nargs="+", type=Path, default=[], help="put that between the markers of these files"
+    )
     args = parser.parse_args()
-    if args.table:
-        return tables(args.results)
+    if args.table or args.markdown:
+        made = tables(args.results)
+        for page in args.markdown:
+            page.write_text(with_tables(page.read_text(), made))
+        return print("\n".join(made.values()) if args.table else "")
     import torch
 
     torch.set_num_threads(args.threads)

@@ -1,13 +1,10 @@
 """How Sphinx builds the documentation: Markdown through MyST, docstrings through autodoc; `make docs` makes warnings errors."""
 
-import dataclasses
 import inspect
 import re
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from docutils import nodes
-from docutils.parsers.rst import Directive
 from docutils.utils.math import latex2mathml
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -29,32 +26,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 log = logging.getLogger(__name__)
-
-
-def kind_of(kind: Any) -> str:
-    """The type of a setting, for people."""
-    if get_origin(kind) is Literal:
-        return " | ".join(get_args(kind))
-    if get_origin(kind) in (dict, list):
-        return {dict: "JSON", list: "texts"}[get_origin(kind)]
-    return " or ".join(part.__name__ for part in get_args(kind) or (kind,) if part is not NoneType)
-
-
-class Settings(Directive):
-    """Every setting of the recipe, from its own documentation."""
-
-    def run(self) -> list[nodes.Node]:
-        rows = nodes.definition_list()
-        for field in dataclasses.fields(losa.Recipe):
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-            kind = kind_of(field.type)
-            flag = nodes.literal(text=f"--{field.name.replace('_', '-')}")
-            term = nodes.term(
-                "", "", flag, nodes.Text(f"  {kind}, {'' if default is None else repr(default)}".rstrip(", "))
-            )
-            meaning = nodes.definition("", nodes.paragraph(text=field.metadata["doc"]))
-            rows += nodes.definition_list_item("", term, meaning)
-        return [rows]
 
 
 def math_inline(translator: Any, node: nodes.math) -> None:
@@ -82,7 +53,6 @@ def demand_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, 
 
 def setup(app: Sphinx) -> None:
     """What is ours beside the extensions."""
-    app.add_directive("settings", Settings)
     app.add_html_math_renderer("mathml", (math_inline, None), (math_block, None))
     app.connect("source-read", say_outside)
     app.connect("autodoc-process-docstring", demand_docstring)

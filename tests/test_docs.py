@@ -2,11 +2,13 @@
 
 import argparse
 import ast
+import importlib.util
 import re
 import shlex
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pages import PAGES, ROOT, Reader, blocks, fill
@@ -86,6 +88,30 @@ def said_in_source() -> list[re.Pattern[str]]:
             if len("".join(parts).replace(".*", "")) > 12:
                 found.append(re.compile("".join(parts), re.DOTALL))
     return found
+
+
+def loaded(script: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_settings_are_those_there_are() -> None:
+    assert loaded(ROOT / "scripts" / "write_settings.py").page() == PAGES["docs/settings.md"], (
+        "scripts/write_settings.py"
+    )
+
+
+def test_tables_are_what_was_measured() -> None:
+    """Those between markers are made from the raw results, and have not been touched since."""
+    methods = loaded(ROOT / "benchmarks" / "methods.py")
+    made = methods.tables(ROOT / "benchmarks" / "results.jsonl")
+    marked = [page for page in PAGES if "<!-- methods -->" in PAGES[page]]
+    assert "README.md" in marked and all("| --- |" in table for table in made.values())
+    for page in marked:
+        assert methods.with_tables(PAGES[page], made) == PAGES[page], f"{page}: benchmarks/methods.py --markdown"
 
 
 def test_messages_are_those_of_the_code() -> None:

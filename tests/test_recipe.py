@@ -213,7 +213,7 @@ def test_mean_rank_grows_and_bounds_the_largest() -> None:
 
 @given(steps=st.integers(1, 12), extra=st.integers(0, 500), share=st.floats(0, 1))
 def test_every_row_is_used_exactly_once(steps: int, extra: int, share: float) -> None:
-    made = Recipe(steps=steps, train_samples=steps + extra, last_step_share=share)
+    made = Recipe(steps=steps, train_samples=steps + extra, last_step_share=share, learning_rate=1e-3)
     rows = [row for step in range(1, steps + 1) for row in made.rows_of(step)]
     assert rows == list(range(steps + extra))
     if 0 < share < 1:

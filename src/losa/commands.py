@@ -72,13 +72,12 @@ def _run(args: argparse.Namespace, settings: recipe.Recipe, start: Any, plan: An
 
 def _print_result(output: Path, loads: str | None) -> None:
     from losa import story
-    from losa.report import verdict_table
+    from losa.report import peaks, verdict_table
 
     told = story.read(output)
     table = verdict_table([("", row, False) for row in told.verdict()], several=False, sampled=told.sampled)
     print_table([table["columns"], *(row["cells"] for row in table["rows"])])
-    peak = f", {size(told.peak)} of memory at its peak" if told.peak else ""
-    print(f"{duration(told.seconds)}{peak}; losa report {output} shows what happened")
+    print(f"{duration(told.seconds)}{', ' * bool(peaks(told))}{peaks(told)}; losa report {output} shows what happened")
     print(f"saved in {output}" + (f"; loads in {loads}" if loads else ""))
 
 

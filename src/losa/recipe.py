@@ -270,10 +270,13 @@ class Recipe:
         if isinstance(self.learning_rate, str):
             if self.learning_rate != "auto":
                 raise LosaError(f"learning_rate is {self.learning_rate!r}: must be a number or auto")
-            least = "at least 2: trials are judged by rows held out from them"
             steps = [1, self.steps] if registry.get("recovery", self.recovery).trains else []
             rows = [len(self.rows_of(step)) for step in (*steps, *([0] if self.finetune_first else []))]
-            _require(min(rows, default=2) >= 2, "train_samples", self.train_samples, f"enough for {least} a step")
+            if min(rows, default=2) < 2:
+                raise LosaError(
+                    f"train_samples is {self.rows}: learning_rate auto holds one row back and trains on others, so a step "
+                    "needs two: raise it, or name a learning_rate"
+                )
         else:
             _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0, or auto")
 

@@ -202,7 +202,7 @@ def _tiles(s: Story) -> list[dict[str, str]]:
         more = f"{size(first['disk'])} {was}"
         tiles.append({"what": "size on disk", "value": size(sparse["disk"]), "more": more})
     if s.phases:
-        more = f"{size(s.peak)} of memory at its peak" if s.peak else ""
+        more = peaks(s)
         tiles.append({"what": "time of the run", "value": duration(s.seconds), "more": more})
     return tiles
 
@@ -245,12 +245,24 @@ def verdict_table(rows: list[tuple[str, Row, bool]], several: bool, sampled: boo
     }
 
 
+def peaks(s: Story) -> str:
+    """The most memory the run took, of the machine and of its device, for people; "" if nobody looked."""
+    told = [(s.peak, "of memory"), (s.device_peak, "of the device's")]
+    said = " and ".join(f"{size(most)} {of}" for most, of in told if most)
+    return f"{said} at its peak" if said else ""
+
+
 def _footnotes(stories: list[Story]) -> list[str]:
     notes = []
     if any(s.sampled for s in stories):
         notes.append(
             "The sample is the part of the evaluation text, spread over it, on which every step is measured "
             "(eval_step_tokens)."
+        )
+    if any(row.name.startswith("pruned, step") and s.recipe["steps"] > 1 for s in stories for row in s.verdict()):
+        notes.append(
+            "The pruned model of the last step is one that the steps before it have repaired: what pruning alone costs is "
+            "another run (--recovery none --steps 1), and both can be compared here."
         )
     for s in stories:
         sparse = s.measurements.get("sparse", {})

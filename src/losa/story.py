@@ -58,6 +58,11 @@ class Story:
         return max((phase["memory"] for phase in self.phases if phase.get("memory")), default=None)
 
     @property
+    def device_peak(self) -> int | None:
+        """The same of the device's memory."""
+        return max((phase["device_memory"] for phase in self.phases if phase.get("device_memory")), default=None)
+
+    @property
     def first(self) -> dict[str, Any]:
         """What was measured of the model as it came: dense, or pruned already."""
         return next(iter(self.measurements.values()), {})
