@@ -221,7 +221,6 @@ class Recipe:
         self._check_recovery()
         positive = "steps calibration_samples sequence_length allocation_samples train_length batch_size"
         _require(self.rows > 0, "train_samples", self.train_samples, "above 0")
-        self._check_rate()
         others = ("epochs", "distill_temperature", "teacher_top", "reconstruct_rate")
         for name in [*positive.split(), "micro_batch_size", "base_rank", "alpha", "clip", *others]:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
@@ -245,6 +244,7 @@ class Recipe:
         if registry.get("recovery", self.recovery).trains:
             rows = self.rows - len(self.rows_of(0))
             _require(rows >= self.steps, "train_samples", self.train_samples, "at least one row a step")
+        self._check_rate()
         allocator = registry.get("allocator", self.allocator)
         if self.rates_per == "linear" and not allocator.per_linear:
             raise LosaError(f"allocator {self.allocator!r} knows blocks only: set rates_per to block")
