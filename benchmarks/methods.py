@@ -94,15 +94,22 @@ COMPARISONS = {"methods": methods, "allocators": allocators, "pruners": pruners}
 
 
 def tuned(path: Path, method: str) -> float:
-    """The learning rate that is best for a method on the validation split."""
+    """The learning rate that is best for a method on the validation split: of RATES, and above as long as that is better."""
     if METHODS[method].get("recovery") == "none":
         return RATES[0]
-    found = {}
-    for rate in RATES:
+    found: dict[float, float] = {}
+
+    def best() -> float:
+        return min(found, key=lambda rate: found[rate])
+
+    rates = list(RATES)
+    for rate in rates:
         settings = METHODS[method] | {"sparsity": 0.6, "learning_rate": rate, "eval_data": "demo:validation"}
         key = {"phase": "tune", "pruner": "wanda", "method": method, "rate": rate}
         found[rate] = once(path, key, settings)["perplexity"]
-    return min(found, key=lambda rate: found[rate])
+        if rate == rates[-1] == best():
+            rates.append(2 * rate)
+    return best()
 
 
 def once(path: Path, key: dict[str, Any], settings: dict[str, Any], names: str = "demo") -> dict[str, Any]:

@@ -34,6 +34,15 @@ def fake(folder: Path, script: str) -> str:
     return str(path)
 
 
+def test_where_there_is_a_compiler_the_sources_compile() -> None:
+    """Elsewhere tests skip what cannot be built, which must not hide a mistake."""
+    try:
+        native.compiler()
+    except native.Unavailable as error:
+        pytest.skip(str(error))
+    native.library()
+
+
 def test_built_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
     monkeypatch.setenv("CXX", fake(tmp_path, f'echo "$@" >> {log}; exec $real "$@"'))

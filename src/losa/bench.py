@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from losa import usage
 from losa.errors import LosaError
 from losa.registry import unknown
 from losa.sparse import cpu, kernels, native, reference
@@ -285,8 +286,7 @@ def last_level_cache() -> int:
 
 def processor() -> str:
     """Its name, and which of the instructions that kernels ask for it has."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    name = usage.processor()
     try:
         return f"{name} ({' '.join(sorted(cpu.features(native.library())))})"
     except native.Unavailable:

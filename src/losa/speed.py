@@ -3,8 +3,10 @@
 import json
 import statistics
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from losa.recipe import Recipe
 from losa.run import may_be_same, write_json
 from losa.sparse import decoding
 
+T = TypeVar("T")
 PROMPT = 16  # tokens read at once, before those that are timed
 
 
@@ -47,16 +50,15 @@ def decode(
     torch.set_num_threads(threads or before)
     try:
         models = [_load(name, settings) for name in sources]
-        seconds = _turns(models, tokens, rounds)
+        takes = [partial(one_by_one, whole, prompt_for(whole, PROMPT), tokens) for whole in models]
+        seconds = in_turns(dict(enumerate(takes)), rounds)
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-    speeds = [tokens / statistics.median(each) for each in seconds]
+    speeds = [tokens / statistics.median(each) for each in seconds.values()]
     found: dict[str, Any] = {"tokens_per_second": round(speeds[0], 2), "runtime": _runtime(models[0])}
     if against:
-        low, middle, high = statistics.quantiles(
-            [b / a for a, b in zip(*seconds, strict=True)], n=4, method="inclusive"
-        )
+        low, middle, high = ratios_of(seconds[1], seconds[0])
         found |= {
             "against": {"model": against, "tokens_per_second": round(speeds[1], 2), "runtime": _runtime(models[1])},
             "speedup": round(middle, 3),
@@ -104,18 +106,26 @@ def _load(source: str, settings: Recipe) -> Any:
 
 
 @torch.no_grad()
-def _turns(models: list[Any], tokens: int, rounds: int) -> list[list[float]]:
-    """Seconds of each model in every round, who begins changing from round to round."""
-    seconds: list[list[float]] = [[] for _ in models]
-    prompts = [prompt_for(whole, PROMPT) for whole in models]
-    order = list(range(len(models)))
+def in_turns(takes: Mapping[T, Callable[[], float]], rounds: int) -> dict[T, list[float]]:
+    """The seconds that each says it took, in every round; who begins changes from round to round, and the one before the
+    first is thrown away."""
+    seconds: dict[T, list[float]] = {who: [] for who in takes}
+    order = list(takes)
     for turn in range(-1, rounds):
         for who in order:
-            took = one_by_one(models[who], prompts[who], tokens)
+            took = takes[who]()
             if turn >= 0:
                 seconds[who].append(took)
         order = order[1:] + order[:1]
     return seconds
+
+
+def ratios_of(above: list[float], below: list[float]) -> tuple[float, float, float]:
+    """The quartiles of the ratios of neighbours in time, the median between them."""
+    low, middle, high = statistics.quantiles(
+        [a / b for a, b in zip(above, below, strict=True)], n=4, method="inclusive"
+    )
+    return low, middle, high
 
 
 def _runtime(whole: Any) -> str:

@@ -83,7 +83,7 @@ def machine(device: Any) -> dict[str, Any]:
     """Where it runs: processor, torch's threads, and the accelerator if that computes."""
     import torch
 
-    found = {"system": f"{platform.system()} {platform.machine()}", "processor": _processor(), "cores": os.cpu_count()}
+    found = {"system": f"{platform.system()} {platform.machine()}", "processor": processor(), "cores": os.cpu_count()}
     found["threads"] = torch.get_num_threads()
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
@@ -92,7 +92,8 @@ def machine(device: Any) -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

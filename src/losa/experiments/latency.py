@@ -12,6 +12,7 @@ import os
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,20 +128,16 @@ def _check_agreement(packed: Any, prompt: Tensor, recipe: Recipe) -> None:
 
 def _compare(models: dict[str, Any], prompt: Tensor) -> dict[str, Any]:
     """Each decodes once a round; ratios are of neighbours in time, and of them the median."""
-    seconds: dict[str, list[float]] = {who: [] for who in models}
-    order = list(models)
-    for turn in range(-1, ROUNDS):  # the first is thrown away
-        for who in order:
-            with _runtime("native" if who.startswith(NATIVE) else "ordinary"):
-                took = speed.one_by_one(models[who], prompt, NEW)
-            if turn >= 0:
-                seconds[who].append(took / NEW)
-        order = order[1:] + order[:1]
-    found: dict[str, Any] = {who: round(1 / statistics.median(each), 2) for who, each in seconds.items()}
+
+    def takes(who: str) -> float:
+        with _runtime("native" if who.startswith(NATIVE) else "ordinary"):
+            return speed.one_by_one(models[who], prompt, NEW)
+
+    seconds = speed.in_turns({who: partial(takes, who) for who in models}, ROUNDS)
+    found: dict[str, Any] = {who: round(NEW / statistics.median(each), 2) for who, each in seconds.items()}
     for name, (above, below) in RATIOS.items():
         if above in seconds:
-            ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            low, middle, high = speed.ratios_of(seconds[above], seconds[below])
             found |= {name: round(middle, 3), f"{name}_quartiles": [round(low, 3), round(high, 3)]}
     return found | {"rounds": ROUNDS, "tokens": NEW}
 

@@ -56,26 +56,9 @@ struct KindI8 : Floats {
     static void put(Weights w, float scale, float *to) { _mm512_storeu_ps(to, _mm512_mul_ps(w, splat(scale))); }
 };
 
-struct DenseBF16 : KindBF16 {
-    static constexpr bool DENSE = true;
-};
-
-struct DenseF32 : KindF32 {
-    static constexpr bool DENSE = true;
-};
-
-struct Kinds {
-    template <class Body>
-    static void call(const Matrix &w, Body body) {
-        if (!w.mask) return w.type == BF16 ? body(DenseBF16()) : body(DenseF32());
-        switch (w.type) {
-            case BF16: return body(KindBF16());
-            case F16: return body(KindF16());
-            case F32: return body(KindF32());
-            case I8: return body(KindI8());
-        }
-    }
-};
+typedef Whole<KindBF16> DenseBF16;
+typedef Whole<KindF32> DenseF32;
+typedef KindsByType<KindBF16, KindF16, KindF32, KindI8, DenseBF16, DenseF32> Kinds;
 
 }  // namespace
 

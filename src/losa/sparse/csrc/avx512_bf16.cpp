@@ -120,9 +120,7 @@ struct KindI8Summed : KindI8 {
     }
 };
 
-struct DenseBF16 : KindBF16 {
-    static constexpr bool DENSE = true;
-};
+typedef Whole<KindBF16> DenseBF16;
 
 struct DenseF32 {
     typedef float Value, Input;

@@ -21,6 +21,27 @@ struct Matrix {            // a packed weight [out, in], as docs/format.md has i
     Type type;
 };
 
+// A kind of packed values, of a weight that keeps all of them in rows.
+template <class Kind>
+struct Whole : Kind {
+    static constexpr bool DENSE = true;
+};
+
+// The kind that a matrix is of, where its type decides that: packed bf16, fp16, fp32, int8, or dense bf16, fp32.
+template <class Brain, class Half, class Single, class Scaled, class DenseBrain, class DenseSingle>
+struct KindsByType {
+    template <class Body>
+    static void call(const Matrix &w, Body body) {
+        if (!w.mask) return w.type == BF16 ? body(DenseBrain()) : body(DenseSingle());
+        switch (w.type) {
+            case BF16: return body(Brain());
+            case F16: return body(Half());
+            case F32: return body(Single());
+            case I8: return body(Scaled());
+        }
+    }
+};
+
 struct Call {              // y [rows, out] = x [rows, in] W^T + bias
     Matrix weight;
     const void *x;         // x_type: F32 or BF16, rows contiguous
