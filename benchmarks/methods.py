@@ -131,7 +131,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 def run(settings: dict[str, Any], names: str) -> dict[str, Any]:
     """What one run leaves, its processor's time without the measuring."""
     import losa
-    from losa import evaluate, recipe
+    from losa import evaluate, model, recipe
 
     chosen = recipe.load(names, settings)
     text, count = chosen.eval_data, chosen.eval_tokens
@@ -139,13 +139,14 @@ def run(settings: dict[str, Any], names: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:  # a LoRA kept apart has nowhere else to stay
         # measured here, once: a run would measure dense each time, and on its way
         result = losa.compress("demo", dataclasses.replace(chosen, eval_data="", sample_tokens=0), Path(folder) / "run")
-    found = {
-        "reached": result.measurements["sparse"]["sparsity"],
-        "seconds": round(time.monotonic() - began, 1),
-        "processor_seconds": round(time.process_time() - busy, 1),
-    }
+        found = {
+            "reached": result.measurements["sparse"]["sparsity"],
+            "seconds": round(time.monotonic() - began, 1),
+            "processor_seconds": round(time.process_time() - busy, 1),
+        }
+        whole = model.load_whole(str(Path(folder) / "run"), chosen)
     tokens, dense = held_out(text, count)
-    return {"dense": dense, "perplexity": evaluate.perplexity(result.model, tokens, 512), **found}
+    return {"dense": dense, "perplexity": evaluate.perplexity(whole, tokens, 512), **found}
 
 
 @functools.cache
