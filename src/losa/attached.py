@@ -40,7 +40,8 @@ class AttachedLinear(MaskedLinear):
             return
         state_dict = {**state_dict, f"{prefix}weight": self.weight.detach()}
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        mine, theirs = self.effective_weight(torch.float32), merged.to(self.weight.device, torch.float32)
+        # rounded as what was saved: in bf16 that alone is more than 1e-3
+        mine, theirs = self.effective_weight(merged.dtype).float(), merged.to(self.weight.device, torch.float32)
         if mine.shape == theirs.shape and bool((mine - theirs).norm() > 1e-3 * theirs.norm()):
             *_, error_msgs = rest
             error_msgs.append(f"{prefix}weight is not what this base and the saved pair make: attach to the same model")
