@@ -17,7 +17,7 @@ from losa import masks, registry
 from losa.adapters import MaskedLinear
 from losa.checkpoint import MASKS
 from losa.errors import LosaError
-from losa.model import find_blocks, targeted
+from losa.model import find_blocks, refuse_adapters, targeted
 from losa.repair import find_masks, weights_of
 from losa.repair_recipe import Repair
 from losa.run import FORMAT, replacing
@@ -144,8 +144,7 @@ def refuse(model: Any) -> None:
         raise LosaError(f"attach takes a loaded model, not a {type(model).__name__}")
     if any(HANDLE in vars(module) for module in model.modules()):
         raise LosaError("the model has adapters of losa already: merge them first (losa.merge)")
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise LosaError("the model has adapters of PEFT: merge or unload them first")
+    refuse_adapters(model)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise LosaError(f"{name} is {parameter.dtype}: attach needs weights in floating point, not quantised ones")

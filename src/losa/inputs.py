@@ -55,6 +55,8 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     if output and isinstance(source, str) and output.resolve() == Path(source).expanduser().resolve():
         raise LosaError(f"output {str(output)!r} is the model itself: name another folder")
     config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
+    for given in (source, *([recipe.teacher_model] if recipe.teacher_model else [])):
+        model.refuse_adapters(given)
     if layouts_in(config) is not None:
         name = source if isinstance(source, str) else type(source).__name__
         raise LosaError(
