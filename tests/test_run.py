@@ -185,6 +185,11 @@ def test_what_cannot_be_compressed_is_said(tmp_path: Path, llama: Path, brief: R
         losa.compress(tiny().model, brief, tokenizer=tokenizer())
     with pytest.raises(LosaError, match="computed in its own type"):
         losa.compress(tiny(), changed(brief, dtype="bfloat16"), tokenizer=tokenizer())
+    for given in (brief, changed(brief, recovery="none", reconstruct=1), changed(brief, pruner="pruner-zero")):
+        with pytest.raises(LosaError, match="float16 has too small a range for gradients: use bfloat16 or float32"):
+            losa.compress(str(llama), changed(given, dtype="float16"), tmp_path / "out")
+        with pytest.raises(LosaError, match="float16 has too small a range"):
+            losa.compress(tiny().half(), changed(given, dtype="auto"), tokenizer=tokenizer())
     large = tokenizer()
     large.add_tokens([f"<extra {i}>" for i in range(9)])
     with pytest.raises(LosaError, match="tokenizer does not fit"):

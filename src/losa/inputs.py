@@ -57,6 +57,7 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
     for given in (source, *([recipe.teacher_model] if recipe.teacher_model else [])):
         model.refuse_adapters(given)
+    _check_range(source, recipe)
     if layouts_in(config) is not None:
         name = source if isinstance(source, str) else type(source).__name__
         raise LosaError(
@@ -87,6 +88,14 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         if getattr(recipe, name) > limit:
             raise LosaError(f"{name} is {getattr(recipe, name)}: the model reads at most {limit} tokens: lower it")
     return config
+
+
+def _check_range(source: Any, recipe: Recipe) -> None:
+    """Raise LosaError where gradients would be computed in float16: those of the logits, and what follows, become zero."""
+    half = recipe.dtype == "float16" or (isinstance(source, nn.Module) and source.dtype == torch.float16)
+    gradients = recipe.prunes and registry.get("pruner", recipe.pruner).needs_gradients
+    if half and (recipe.trains or recipe.reconstruct or gradients):
+        raise LosaError("dtype float16 has too small a range for gradients: use bfloat16 or float32")
 
 
 def _check_processes(recipe: Recipe, resume: bool) -> None:
