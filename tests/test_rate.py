@@ -74,6 +74,8 @@ def test_trials_leave_the_model_as_it_was(name: str, small: Recipe, monkeypatch:
     monkeypatch.setattr(method, "recover", spy)
     examples = training_examples(small.train_data, tokenizer(), 30, 24, 0)
     monkeypatch.setattr(rates, "TRIAL", 2)
+    kept = rates._trained(subject.blocks[0].masked["model.layers.0.mlp.up_proj"], method())
+    assert ("weight" in kept) == (not method.ranks) and "mask_bits" not in kept
     found = rates.choose_rate(subject, method(), examples, recipe, 1, QUIET)
     assert found > 0 and len(rows) >= 3 and set(rows) == {8}
     after = subject.model.state_dict()
