@@ -18,6 +18,7 @@ from losa import masks, repair
 from losa.cli import main
 from losa.errors import LosaError
 from losa.export import load_masks
+from losa.inspection import inspect
 from losa.model import find_blocks
 from losa.recipe import Recipe, load
 from losa.repair_recipe import PRUNING, Repair
@@ -372,3 +373,10 @@ def test_a_model_with_a_lora_is_refused_not_robbed_of_it(
     with pytest.raises(LosaError, match="has adapters of PEFT"):
         losa.compress(live, small, tokenizer=tokenizer())
     assert not (tmp_path / "out").exists()
+
+
+def test_what_few_rows_repaired_can_be_inspected(tmp_path: Path, repairing: dict[str, Any]) -> None:
+    """Fewer than a recipe of compress would need, whose steps are five."""
+    save_sparse(tmp_path / "sparse")
+    losa.recover(str(tmp_path / "sparse"), repairing | {"train_samples": 3}, tmp_path / "out")
+    assert inspect(tmp_path / "out")["command"] == "recover"

@@ -41,7 +41,7 @@ def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
             raise LosaError(f"{folder / 'losa.json'} is damaged: {error}") from None
     config = model.load_config(str(folder))
     whole, layouts = model.skeleton(config), layouts_in(config)
-    blocks = model.prunable(whole, from_settings(made["recipe"])) if made is not None else model.find_blocks(whole)
+    blocks = model.prunable(whole, _pruned_by(made["recipe"])) if made is not None else model.find_blocks(whole)
     bits = load_masks(folder) if made is not None or layouts is not None else {}
     files = Checkpoint(folder, layouts, experts.stored(whole))
     ranks = made["history"][-1]["ranks"] if made else []
@@ -75,6 +75,12 @@ def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
         summary |= {key: made[key] for key in ("command", "source", "versions", "recipe", "measurements")}
         summary |= {key: made[key] for key in ("exported",) if key in made}
     return summary
+
+
+def _pruned_by(stored: dict[str, Any]) -> Recipe:
+    """What of a stored recipe says which linears are prunable: the rest may be what no recipe of today's can be."""
+    names = ("ignore", "pattern", "undivided")
+    return from_settings({name: stored[name] for name in names if name in stored})
 
 
 def plan(source: str, recipe: Recipe) -> dict[str, Any]:
