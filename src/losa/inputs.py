@@ -54,6 +54,8 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         check_output(output, overwrite)
     if output and isinstance(source, str) and output.resolve() == Path(source).expanduser().resolve():
         raise LosaError(f"output {str(output)!r} is the model itself: name another folder")
+    if output and not resume:
+        _check_apart(recipe, output.resolve())
     config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
     for given in (source, *([recipe.teacher_model] if recipe.teacher_model else [])):
         model.refuse_adapters(given)
@@ -88,6 +90,18 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         if getattr(recipe, name) > limit:
             raise LosaError(f"{name} is {getattr(recipe, name)}: the model reads at most {limit} tokens: lower it")
     return config
+
+
+def _check_apart(recipe: Recipe, output: Path) -> None:
+    """Raise LosaError for what is read from the folder that the run replaces."""
+    places = {"teacher_model": Path(model.locate(recipe.teacher_model))} if recipe.teacher_model else {}
+    data_read = {"calibration": recipe.prunes, "train_data": recipe.trains, "eval_data": bool(recipe.eval_data)}
+    for name in (name for name, is_read in data_read.items() if is_read):
+        if sources.place_of(getattr(recipe, name)) == "file":
+            places[name] = Path(getattr(recipe, name)).expanduser()
+    for name, place in places.items():
+        if place.exists() and output in (place.resolve(), *place.resolve().parents):
+            raise LosaError(f"{name} {str(place)!r} is in the output, which is replaced: name another folder")
 
 
 def _check_range(source: Any, recipe: Recipe) -> None:
