@@ -15,11 +15,14 @@ from torch.nn import functional as F
 import losa
 from losa import data
 from losa.errors import LosaError
+from losa.inputs import Inputs
 from losa.inspection import plan
-from losa.model import find_blocks
+from losa.model import Subject, find_blocks
+from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.recovery import distillation
 from losa.recovery.distillation import Cached, Live, Prediction, divergence, mixed_loss, shortened
+from losa.run import Run
 
 # ------------------------------------------------------------------------------------------------- the divergence
 
@@ -143,9 +146,6 @@ def test_distilling_comes_nearer_to_the_dense_model(teacher: str, llama: Path, s
 
 def test_the_cache_says_what_the_model_says(small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of different lengths, in any order, over several files."""
-    from losa.progress import Progress
-    from losa.run import Run
-
     monkeypatch.setattr(distillation, "SHARD", 2)
     examples, _ = batch(rows=5, length=12)
     run = Run(tmp_path, Progress(quiet=True))
@@ -214,6 +214,15 @@ def test_another_model_may_teach(llama: Path, tmp_path: Path, small: Recipe) -> 
     larger.save_pretrained(tmp_path / "teacher")
     with pytest.raises(LosaError, match="not what the run was started with"):
         losa.compress(str(llama), recipe, tmp_path / "killed", resume=True)
+
+
+def test_a_teacher_goes_where_the_model_is(llama: Path, small: Recipe) -> None:
+    student = tiny().to("meta")
+    subject = Subject(student, tokenizer(), find_blocks(student), "tiny", torch.float32)
+    recipe = changed(small, distill=0.5, teacher_model=str(llama))
+    inputs = Inputs(torch.zeros(1, 2, dtype=torch.int64), batch()[0], None, [])
+    live = distillation.teacher_of(subject, recipe, inputs, Run(None, Progress(quiet=True)))
+    assert isinstance(live, Live) and live.model.device.type == "meta"
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(llama: Path, tmp_path: Path, small: Recipe) -> None:

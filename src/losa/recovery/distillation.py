@@ -158,6 +158,7 @@ def teacher_of(subject: Subject, recipe: Recipe, inputs: Inputs, run: "Run") -> 
         if saved and saved.meta["seen"] != seen:
             raise LosaError(f"teacher_model {name!r} is not what the run was started with: start a new run")
         run.save("teacher-model", {}, {"seen": seen})
+        dense = dense.to(subject.model.device)  # a loaded model may be elsewhere than the recipe says
     elif recipe.teacher == "live":
         dense = subject.dense
     # heads may be padded, each to a size of its own
