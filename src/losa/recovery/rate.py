@@ -72,7 +72,8 @@ def choose_rate(
             brief = recipe.at(learning_rate=rate, epochs=1)
             try:
                 recovery.recover(subject, rows, brief, step, Run(None, Progress(quiet=True)))
-                found[rate] = held_out_loss(subject, held, recipe)
+                loss = held_out_loss(subject, held, recipe)
+                found[rate] = loss if math.isfinite(loss) else math.inf  # NaN is not more than anything
             except LosaError:
                 found[rate] = math.inf
             for linear, state in zip(linears, before, strict=True):
