@@ -144,17 +144,20 @@ def test_distilling_comes_nearer_to_the_dense_model(teacher: str, llama: Path, s
 # ------------------------------------------------------------------------------------------------- the cache
 
 
-def test_the_cache_says_what_the_model_says(small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of different lengths, in any order, over several files."""
+@pytest.mark.parametrize(("first", "made"), [(0.0, 3), (0.5, 2)])
+def test_the_cache_says_what_the_model_says(
+    first: float, made: int, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of different lengths, in any order, over several files; none of rows that only fine-tune."""
     monkeypatch.setattr(distillation, "SHARD", 2)
     examples, _ = batch(rows=5, length=12)
     run = Run(tmp_path, Progress(quiet=True))
     (tmp_path / "run").mkdir()
     live = Live(tiny(), 2000, 1.5)  # the last tokens are none of theirs
-    recipe = changed(small, teacher="cached", teacher_top=7)
+    recipe = changed(small, teacher="cached", teacher_top=7, train_samples=5, finetune_first=first)
     cache = distillation.cached(live, examples, 0, recipe, run)
-    assert isinstance(cache, Cached) and len(list((tmp_path / "run").iterdir())) == 3
-    rows = [4, 0, 3]
+    assert isinstance(cache, Cached) and len(list((tmp_path / "run").iterdir())) == made
+    rows = [4, 0 if made == 3 else 3, 3]
     inputs = data.collate([examples[row] for row in rows], 0)
     want, got = shortened(live.predict(rows, inputs), 7), cache.predict(rows, inputs)
     assert want.ids is not None and got.ids is not None and want.rest is not None and got.rest is not None

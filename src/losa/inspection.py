@@ -107,7 +107,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     features = min(recipe.error_tokens or tokens, tokens) * hidden * size * len(blocks)
     kept = 0  # bytes of a cached teacher's predictions
     if wanted and recipe.distill and recipe.teacher == "cached":
-        kept = 6 * recipe.rows * recipe.train_length * recipe.teacher_top
+        kept = 6 * (recipe.rows - len(recipe.rows_of(0))) * recipe.train_length * recipe.teacher_top
     stored = min(size, getattr(config.dtype, "itemsize", size))
     result = parameters * stored
     if recipe.format == "packed":
