@@ -14,7 +14,7 @@ from test_cli import flags, refused
 from torch import Tensor
 
 import losa
-from losa import masks, repair
+from losa import inputs, masks, repair
 from losa.cli import main
 from losa.errors import LosaError
 from losa.export import load_masks
@@ -380,3 +380,8 @@ def test_what_few_rows_repaired_can_be_inspected(tmp_path: Path, repairing: dict
     save_sparse(tmp_path / "sparse")
     losa.recover(str(tmp_path / "sparse"), repairing | {"train_samples": 3}, tmp_path / "out")
     assert inspect(tmp_path / "out")["command"] == "recover"
+
+
+def test_processes_need_no_calibration_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs.distributed, "launched", lambda: 100)
+    inputs._check_processes(Repair(), resume=False)

@@ -115,7 +115,7 @@ def _check_range(source: Any, recipe: Recipe) -> None:
 def _check_processes(recipe: Recipe, resume: bool) -> None:
     """Raise LosaError for what so many processes cannot share."""
     processes, recovery = distributed.launched(), registry.get("recovery", recipe.recovery)
-    if (fewest := allocation_samples(recipe)) < processes:
+    if recipe.prunes and (fewest := allocation_samples(recipe)) < processes:
         raise LosaError(
             f"{fewest} calibration sequences do not divide over {processes} processes: raise calibration_samples and "
             "allocation_samples, or start fewer"
