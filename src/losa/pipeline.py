@@ -275,7 +275,9 @@ def finish(
     with run.phase("saving"):
         path = export.save(subject, recipe, bits, pairs, measurements, state.history, run)
     run.log("finished", measurements=measurements)
-    return Result(subject.model if recovery.merges else None, subject.tokenizer, recipe, measurements, state.history, path)
+    return Result(
+        subject.model if recovery.merges else None, subject.tokenizer, recipe, measurements, state.history, path
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the steps' parts
