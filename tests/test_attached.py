@@ -261,23 +261,25 @@ def trainer(model: Any, folder: Path, **settings: Any) -> transformers.Trainer:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_trainer_trains_saves_and_resumes(checkpointing: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("checkpointing", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
+)
+def test_the_trainer_trains_saves_and_resumes(checkpointing: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     """Eight updates; killed after the third and resumed they end in the same bytes; every checkpoint is a sparse model."""
     extra = {"gradient_checkpointing": True} if checkpointing else {}
     model, chosen = sparse()
-    losa.attach(model, rank=3)
+    losa.attach(model.to(dtype), rank=3)
     whole = trainer(model, tmp_path / "whole", **extra)
     loss = whole.train().training_loss
     adapted = logits(model.eval())
     halfway = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-3")
     for block in find_blocks(halfway):
         assert not any(linear.weight[~chosen[name]].any() for name, linear in block.linears.items())
-    assert not torch.equal(logits(halfway), logits(sparse()[0]))
+    assert not torch.equal(logits(halfway), logits(sparse()[0].to(dtype)))
     assert not list((tmp_path / "whole").rglob("adapter_config.json"))
 
     resumed, _ = sparse()
-    losa.attach(resumed, rank=3)
+    losa.attach(resumed.to(dtype), rank=3)
     trainer(resumed, tmp_path / "resumed", **extra).train(
         resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
     )

@@ -169,6 +169,10 @@ def test_a_dry_run_tells_and_leaves_nothing(
         (["--calibration", "wikitxt2"], "did you mean 'wikitext2'"),
         (["--train-data", "demo:test"], "held out"),
         (["--device", "cdua"], "use auto, cpu or cuda"),
+        (
+            ["--recovery", "full"],
+            "mean_rank 2.0 would change nothing: leave it out, or set recovery to one of low-rank pairs",
+        ),
         (["--resume"], "holds no run to resume"),
     ],
 )

@@ -15,11 +15,14 @@ from torch.nn import functional as F
 import losa
 from losa import data
 from losa.errors import LosaError
+from losa.inputs import Inputs
 from losa.inspection import plan
-from losa.model import find_blocks
+from losa.model import Subject, find_blocks
+from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.recovery import distillation
 from losa.recovery.distillation import Cached, Live, Prediction, divergence, mixed_loss, shortened
+from losa.run import Run
 
 # ------------------------------------------------------------------------------------------------- the divergence
 
@@ -141,20 +144,20 @@ def test_distilling_comes_nearer_to_the_dense_model(teacher: str, llama: Path, s
 # ------------------------------------------------------------------------------------------------- the cache
 
 
-def test_the_cache_says_what_the_model_says(small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of different lengths, in any order, over several files."""
-    from losa.progress import Progress
-    from losa.run import Run
-
+@pytest.mark.parametrize(("first", "made"), [(0.0, 3), (0.5, 2)])
+def test_the_cache_says_what_the_model_says(
+    first: float, made: int, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of different lengths, in any order, over several files; none of rows that only fine-tune."""
     monkeypatch.setattr(distillation, "SHARD", 2)
     examples, _ = batch(rows=5, length=12)
     run = Run(tmp_path, Progress(quiet=True))
     (tmp_path / "run").mkdir()
     live = Live(tiny(), 2000, 1.5)  # the last tokens are none of theirs
-    recipe = changed(small, teacher="cached", teacher_top=7)
+    recipe = changed(small, teacher="cached", teacher_top=7, train_samples=5, finetune_first=first)
     cache = distillation.cached(live, examples, 0, recipe, run)
-    assert isinstance(cache, Cached) and len(list((tmp_path / "run").iterdir())) == 3
-    rows = [4, 0, 3]
+    assert isinstance(cache, Cached) and len(list((tmp_path / "run").iterdir())) == made
+    rows = [4, 0 if made == 3 else 3, 3]
     inputs = data.collate([examples[row] for row in rows], 0)
     want, got = shortened(live.predict(rows, inputs), 7), cache.predict(rows, inputs)
     assert want.ids is not None and got.ids is not None and want.rest is not None and got.rest is not None
@@ -214,6 +217,15 @@ def test_another_model_may_teach(llama: Path, tmp_path: Path, small: Recipe) -> 
     larger.save_pretrained(tmp_path / "teacher")
     with pytest.raises(LosaError, match="not what the run was started with"):
         losa.compress(str(llama), recipe, tmp_path / "killed", resume=True)
+
+
+def test_a_teacher_goes_where_the_model_is(llama: Path, small: Recipe) -> None:
+    student = tiny().to("meta")
+    subject = Subject(student, tokenizer(), find_blocks(student), "tiny", torch.float32)
+    recipe = changed(small, distill=0.5, teacher_model=str(llama))
+    inputs = Inputs(torch.zeros(1, 2, dtype=torch.int64), batch()[0], None, [])
+    live = distillation.teacher_of(subject, recipe, inputs, Run(None, Progress(quiet=True)))
+    assert isinstance(live, Live) and live.model.device.type == "meta"
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(llama: Path, tmp_path: Path, small: Recipe) -> None:

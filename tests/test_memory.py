@@ -122,3 +122,13 @@ def test_what_glibc_keeps_counts_in_memory_only(llama: Path, small: Recipe, monk
     monkeypatch.setattr(heap, "LARGEST", 0)
     mapped = calibrating()
     assert held[0] - mapped[0] == held[1] - mapped[1] > 0 and held[2:] == mapped[2:]
+
+
+@pytest.mark.parametrize("recovery", ["losa", "full"])
+def test_what_trials_put_back_counts(recovery: str, llama: Path, small: Recipe) -> None:
+    """Pairs, or weights, once more; the plan counts them where the learning rate is searched for."""
+    by_trials, given = (
+        plan(str(llama), changed(small, recovery=recovery, learning_rate=rate)) for rate in ("auto", 1e-3)
+    )
+    more = by_trials["memory_parts"]["recovery"] - given["memory_parts"]["recovery"]
+    assert more == 4 * (given["parameters_trained"] if recovery == "losa" else given["prunable"])

@@ -193,7 +193,8 @@ def test_lora_kept_apart_is_saved_as_peft_reads_it(llama: Path, tmp_path: Path, 
     recipe = changed(small, recovery="lora", steps=1, allocator="uniform")
     result = losa.compress(str(llama), recipe, tmp_path / "out")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(base), logits(result.model))
+    assert result.model is None  # alone it is not what was measured
+    assert losa.compress(str(llama), recipe, tmp_path / "out", resume=True).model is None
     whole = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
     from losa.data import evaluation_tokens
     from losa.evaluate import perplexity

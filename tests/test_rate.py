@@ -74,12 +74,28 @@ def test_trials_leave_the_model_as_it_was(name: str, small: Recipe, monkeypatch:
     monkeypatch.setattr(method, "recover", spy)
     examples = training_examples(small.train_data, tokenizer(), 30, 24, 0)
     monkeypatch.setattr(rates, "TRIAL", 2)
+    kept = rates._trained(subject.blocks[0].masked["model.layers.0.mlp.up_proj"], method())
+    assert ("weight" in kept) == (not method.ranks) and "mask_bits" not in kept
     found = rates.choose_rate(subject, method(), examples, recipe, 1, QUIET)
     assert found > 0 and len(rows) >= 3 and set(rows) == {8}
     after = subject.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert not any(parameter.requires_grad for parameter in subject.model.parameters())
+
+
+def test_a_loss_that_is_no_number_loses(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the search begins: below it there is one that trains."""
+    tried: list[float] = []
+
+    class Fake(registry.get("recovery", "none")):  # type: ignore[misc]
+        def recover(self, _subject: Any, _examples: Any, recipe: Recipe, *_: Any) -> None:
+            tried.append(recipe.peak_rate)
+
+    monkeypatch.setattr(rates, "held_out_loss", lambda *_: math.nan if tried[-1] > 1.5e-3 else tried[-1])
+    recipe = changed(small, steps=1, learning_rate="auto")
+    examples = training_examples(small.train_data, tokenizer(), 16, 24, 0)
+    assert rates.choose_rate(subject_of(recipe), Fake(), examples, recipe, 1, QUIET) < 1.5e-3
 
 
 def test_what_no_rate_trains_is_said(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from losa import recipe, registry
 from losa.errors import LosaError
-from losa.recipe import RECIPES, Recipe, from_settings, load
+from losa.recipe import RECIPES, Recipe, from_settings, load, refuse_unread
 
 FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
 
@@ -269,3 +269,36 @@ def test_best_says_nothing_of_data(name: str, ranks: bool) -> None:
     made = load(name)
     assert registry.get("recovery", made.recovery).ranks == ranks and registry.get("recovery", made.recovery).merges
     assert (made.calibration, made.train_data, made.learning_rate) == ("c4", "alpaca-gpt4", "auto")
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({"recovery": "none", "distill": 0.5}, "distill"),
+        ({"recovery": "none", "targets": "qv"}, "targets"),
+        ({"recovery": "full", "mean_rank": 8.0}, "mean_rank"),
+        ({"recovery": "full", "alpha": 8.0}, "alpha"),
+        ({"recovery": "full", "rank_by": "error"}, "rank_by"),
+        ({"distill_temperature": 2.0}, "distill_temperature"),
+        ({"teacher": "cached"}, "teacher"),
+        ({"distill": 0.5, "teacher_top": 8}, "teacher_top"),
+        ({"reconstruct_rate": 0.1}, "reconstruct_rate"),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_refused(asked: dict[str, Any], name: str) -> None:
+    """Where it is asked for by hand; recipes that are combined may hold it, and the usual value says nothing."""
+    made = load(None, asked)
+    with pytest.raises(LosaError, match=f"{name} .* would change nothing: leave it out, or"):
+        refuse_unread(made, asked)
+    refuse_unread(made, {key: value for key, value in asked.items() if key != name})
+    if name != "rank_by":
+        refuse_unread(made, {name: getattr(Recipe(), name)})
+
+
+def test_what_is_read_is_not_refused() -> None:
+    for names, asked in (
+        (None, {"distill": 0.5, "teacher": "cached", "teacher_top": 8}),
+        (None, {"mean_rank": 8.0, "alpha": 8.0}),
+        ("finetune-then-sparsify", {"mean_rank": 4.0, "targets": "qv"}),
+    ):
+        refuse_unread(load(names, asked), asked)

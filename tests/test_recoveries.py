@@ -80,7 +80,6 @@ def test_it_loses_no_zero_and_merges_exactly_or_is_saved_apart(
     recipe = changed(once, recovery=name, train_samples=160, learning_rate=1e-2)
     result = losa.compress(str(llama), recipe, tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(loaded), logits(result.model))
     for linear, bits in load_masks(tmp_path / "out").items():
         weight = loaded.get_submodule(linear).weight
         assert not weight[~masks.unpack(bits, weight.shape[1])].any()
@@ -88,6 +87,7 @@ def test_it_loses_no_zero_and_merges_exactly_or_is_saved_apart(
     if METHODS[name].trains:
         assert found < 0.95 * plain.measurements["sparse"]["perplexity"]
     if METHODS[name].merges:
+        assert torch.equal(logits(loaded), logits(result.model))
         assert (logits(result.model) - before[-1]).norm() <= 1e-5 * before[-1].norm()
         return
     import peft

@@ -1,6 +1,7 @@
 """losa recover: models that others pruned, their zeros kept to the last one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from test_cli import flags, refused
 from torch import Tensor
 
 import losa
-from losa import masks, repair
+from losa import inputs, masks, repair
 from losa.cli import main
 from losa.errors import LosaError
 from losa.export import load_masks
+from losa.inspection import inspect
 from losa.model import find_blocks
 from losa.recipe import Recipe, load
 from losa.repair_recipe import PRUNING, Repair
@@ -352,3 +354,34 @@ def test_weights_stored_in_bf16_are_saved_so(tmp_path: Path, repairing: dict[str
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == result.model.dtype == torch.bfloat16
     assert torch.equal(logits(loaded), logits(result.model))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own call
+def test_a_model_with_a_lora_is_refused_not_robbed_of_it(
+    llama: Path, tmp_path: Path, repairing: dict[str, Any], small: Recipe
+) -> None:
+    for place in ("adapter", "."):
+        folder = shutil.copytree(llama, tmp_path / place / "model")
+        (folder / place).mkdir(exist_ok=True)
+        (folder / place / "adapter_config.json").write_text("{}")
+        with pytest.raises(LosaError, match=r"has a LoRA beside its weights \(.*adapter_config\.json\)"):
+            losa.recover(str(folder), repairing, tmp_path / "out")
+        with pytest.raises(LosaError, match="has a LoRA beside its weights"):
+            losa.compress(str(llama), changed(small, distill=0.5, teacher_model=str(folder)), tmp_path / "out")
+    peft = pytest.importorskip("peft")
+    live = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(LosaError, match="has adapters of PEFT"):
+        losa.compress(live, small, tokenizer=tokenizer())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_few_rows_repaired_can_be_inspected(tmp_path: Path, repairing: dict[str, Any]) -> None:
+    """Fewer than a recipe of compress would need, whose steps are five."""
+    save_sparse(tmp_path / "sparse")
+    losa.recover(str(tmp_path / "sparse"), repairing | {"train_samples": 3}, tmp_path / "out")
+    assert inspect(tmp_path / "out")["command"] == "recover"
+
+
+def test_processes_need_no_calibration_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs.distributed, "launched", lambda: 100)
+    inputs._check_processes(Repair(), resume=False)

@@ -185,6 +185,11 @@ def test_what_cannot_be_compressed_is_said(tmp_path: Path, llama: Path, brief: R
         losa.compress(tiny().model, brief, tokenizer=tokenizer())
     with pytest.raises(LosaError, match="computed in its own type"):
         losa.compress(tiny(), changed(brief, dtype="bfloat16"), tokenizer=tokenizer())
+    for given in (brief, changed(brief, recovery="none", reconstruct=1), changed(brief, pruner="pruner-zero")):
+        with pytest.raises(LosaError, match="float16 has too small a range for gradients: use bfloat16 or float32"):
+            losa.compress(str(llama), changed(given, dtype="float16"), tmp_path / "out")
+        with pytest.raises(LosaError, match="float16 has too small a range"):
+            losa.compress(tiny().half(), changed(given, dtype="auto"), tokenizer=tokenizer())
     large = tokenizer()
     large.add_tokens([f"<extra {i}>" for i in range(9)])
     with pytest.raises(LosaError, match="tokenizer does not fit"):
@@ -197,3 +202,18 @@ def test_what_cannot_be_compressed_is_said(tmp_path: Path, llama: Path, brief: R
         losa.compress(llama, changed(brief, mean_rank=99.0), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     losa.compress(llama, changed(brief, recovery="none"), tmp_path / "out")  # a Path is a folder
+
+
+def test_what_is_read_may_not_be_in_the_output(llama: Path, tmp_path: Path, brief: Recipe, text: Path) -> None:
+    out = tmp_path / "out"
+    losa.compress(str(llama), changed(brief, recovery="none"), out)
+    made = files(out)
+    shutil.copy(text, out / "rows.jsonl")
+    for setting, value in (
+        *(("teacher_model", str(place)) for place in (out, tmp_path / "out" / ".." / "out")),
+        *((name, str(out / "rows.jsonl")) for name in ("calibration", "train_data", "eval_data")),
+    ):
+        recipe = changed(brief, distill=0.5, **{setting: value})
+        with pytest.raises(LosaError, match=f"{setting} .* is in the output, which is replaced"):
+            losa.compress(str(llama), recipe, out, overwrite=True)
+    assert made.items() <= files(out).items()

@@ -17,7 +17,7 @@ from losa import masks, registry
 from losa.adapters import MaskedLinear
 from losa.checkpoint import MASKS
 from losa.errors import LosaError
-from losa.model import find_blocks, targeted
+from losa.model import find_blocks, refuse_adapters, targeted
 from losa.repair import find_masks, weights_of
 from losa.repair_recipe import Repair
 from losa.run import FORMAT, replacing
@@ -40,7 +40,8 @@ class AttachedLinear(MaskedLinear):
             return
         state_dict = {**state_dict, f"{prefix}weight": self.weight.detach()}
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        mine, theirs = self.effective_weight(torch.float32), merged.to(self.weight.device, torch.float32)
+        # rounded as what was saved: in bf16 that alone is more than 1e-3
+        mine, theirs = self.effective_weight(merged.dtype).float(), merged.to(self.weight.device, torch.float32)
         if mine.shape == theirs.shape and bool((mine - theirs).norm() > 1e-3 * theirs.norm()):
             *_, error_msgs = rest
             error_msgs.append(f"{prefix}weight is not what this base and the saved pair make: attach to the same model")
@@ -143,8 +144,7 @@ def refuse(model: Any) -> None:
         raise LosaError(f"attach takes a loaded model, not a {type(model).__name__}")
     if any(HANDLE in vars(module) for module in model.modules()):
         raise LosaError("the model has adapters of losa already: merge them first (losa.merge)")
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise LosaError("the model has adapters of PEFT: merge or unload them first")
+    refuse_adapters(model)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise LosaError(f"{name} is {parameter.dtype}: attach needs weights in floating point, not quantised ones")

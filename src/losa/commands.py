@@ -42,8 +42,11 @@ def _chosen(args: argparse.Namespace, kind: type[recipe.Recipe]) -> recipe.Recip
         kept = read_recipe(args.output)
         if (kept["command"] == "compress") != kind.prunes:
             raise LosaError(f"{args.output} was started by losa {kept['command']}: resume it with that")
-        return recipe.from_settings(kept["recipe"] | given, kind)
-    return recipe.load(args.recipe, given, kind)
+        made = recipe.from_settings(kept["recipe"] | given, kind)
+    else:
+        made = recipe.load(args.recipe, given, kind)
+    recipe.refuse_unread(made, given)
+    return made
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -54,7 +54,12 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         check_output(output, overwrite)
     if output and isinstance(source, str) and output.resolve() == Path(source).expanduser().resolve():
         raise LosaError(f"output {str(output)!r} is the model itself: name another folder")
+    if output and not resume:
+        _check_apart(recipe, output.resolve())
     config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
+    for given in (source, *([recipe.teacher_model] if recipe.teacher_model else [])):
+        model.refuse_adapters(given)
+    _check_range(source, recipe)
     if layouts_in(config) is not None:
         name = source if isinstance(source, str) else type(source).__name__
         raise LosaError(
@@ -87,10 +92,30 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     return config
 
 
+def _check_apart(recipe: Recipe, output: Path) -> None:
+    """Raise LosaError for what is read from the folder that the run replaces."""
+    places = {"teacher_model": Path(model.locate(recipe.teacher_model))} if recipe.teacher_model else {}
+    data_read = {"calibration": recipe.prunes, "train_data": recipe.trains, "eval_data": bool(recipe.eval_data)}
+    for name in (name for name, is_read in data_read.items() if is_read):
+        if sources.place_of(getattr(recipe, name)) == "file":
+            places[name] = Path(getattr(recipe, name)).expanduser()
+    for name, place in places.items():
+        if place.exists() and output in (place.resolve(), *place.resolve().parents):
+            raise LosaError(f"{name} {str(place)!r} is in the output, which is replaced: name another folder")
+
+
+def _check_range(source: Any, recipe: Recipe) -> None:
+    """Raise LosaError where gradients would be computed in float16: those of the logits, and what follows, become zero."""
+    half = recipe.dtype == "float16" or (isinstance(source, nn.Module) and source.dtype == torch.float16)
+    gradients = recipe.prunes and registry.get("pruner", recipe.pruner).needs_gradients
+    if half and (recipe.trains or recipe.reconstruct or gradients):
+        raise LosaError("dtype float16 has too small a range for gradients: use bfloat16 or float32")
+
+
 def _check_processes(recipe: Recipe, resume: bool) -> None:
     """Raise LosaError for what so many processes cannot share."""
     processes, recovery = distributed.launched(), registry.get("recovery", recipe.recovery)
-    if (fewest := allocation_samples(recipe)) < processes:
+    if recipe.prunes and (fewest := allocation_samples(recipe)) < processes:
         raise LosaError(
             f"{fewest} calibration sequences do not divide over {processes} processes: raise calibration_samples and "
             "allocation_samples, or start fewer"

@@ -41,7 +41,7 @@ def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
             raise LosaError(f"{folder / 'losa.json'} is damaged: {error}") from None
     config = model.load_config(str(folder))
     whole, layouts = model.skeleton(config), layouts_in(config)
-    blocks = model.prunable(whole, from_settings(made["recipe"])) if made is not None else model.find_blocks(whole)
+    blocks = model.prunable(whole, _pruned_by(made["recipe"])) if made is not None else model.find_blocks(whole)
     bits = load_masks(folder) if made is not None or layouts is not None else {}
     files = Checkpoint(folder, layouts, experts.stored(whole))
     ranks = made["history"][-1]["ranks"] if made else []
@@ -77,6 +77,12 @@ def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
     return summary
 
 
+def _pruned_by(stored: dict[str, Any]) -> Recipe:
+    """What of a stored recipe says which linears are prunable: the rest may be what no recipe of today's can be."""
+    names = ("ignore", "pattern", "undivided")
+    return from_settings({name: stored[name] for name in names if name in stored})
+
+
 def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     """What a run would do, and about what it would take, from the model's configuration alone: bytes, at their peak.
 
@@ -101,7 +107,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     features = min(recipe.error_tokens or tokens, tokens) * hidden * size * len(blocks)
     kept = 0  # bytes of a cached teacher's predictions
     if wanted and recipe.distill and recipe.teacher == "cached":
-        kept = 6 * recipe.rows * recipe.train_length * recipe.teacher_top
+        kept = 6 * (recipe.rows - len(recipe.rows_of(0))) * recipe.train_length * recipe.teacher_top
     stored = min(size, getattr(config.dtype, "itemsize", size))
     result = parameters * stored
     if recipe.format == "packed":

@@ -198,13 +198,17 @@ def _recovery(
     if not wanted:
         return 0, 0
     values = trained(recipe, {name: linears[name] for name in wanted})
-    pairs = 4 * values if registry.get("recovery", recipe.recovery).ranks else 0
+    recovery = registry.get("recovery", recipe.recovery)
+    pairs = 4 * values if recovery.ranks else 0
     seen = [
         sum((x.in_features + 2 * x.out_features) * experts.share_of_tokens(whole, n) for n, x in block.linears.items())
         for block in blocks
     ]
     rows = footprint.rows_at_once(recipe) * recipe.train_length
     training = footprint.estimate(recipe, values, seen, hidden, size) - pairs + rows * vocabulary * (size + 8)
+    if recipe.learning_rate == "auto":  # what the trials change, as it was before them
+        weights = recovery.trains and not recovery.ranks
+        training += size * sum(block.weights for block in blocks) if weights else 4 * values
     if recipe.distill:
         live = recipe.teacher == "live"  # which is one more model, and its logarithms in fp32
         chunk = min(rows * vocabulary, distillation.CHUNK)

@@ -417,19 +417,9 @@ def load_whole(source: str, recipe: Recipe) -> Any:
 
     Raises LosaError also for an adapter that does not fit, or where PEFT is not installed.
     """
-    from transformers.utils.hub import cached_file
-
     loaded = load(source, recipe)
     place = locate(source)
-    quietly: dict[str, Any] = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    with loading(source):
-        config, weights = (
-            cached_file(place, name, subfolder=ADAPTER, **quietly)
-            for name in ("adapter_config.json", "adapter_model.safetensors")
-        )
+    config, weights = (_beside(source, f"{ADAPTER}/{n}") for n in ("adapter_config.json", "adapter_model.safetensors"))
     if config is None:
         return loaded
     if weights is None:  # PEFT would look for a pickle
@@ -442,6 +432,33 @@ def load_whole(source: str, recipe: Recipe) -> Any:
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # PEFT's own call
         warnings.filterwarnings("error", "Found missing adapter keys")
         return PeftModel.from_pretrained(loaded, place, subfolder=ADAPTER).get_base_model()
+
+
+def _beside(source: str, name: str) -> str | None:
+    """Where a file beside a model is on this machine, None if there is none."""
+    from transformers.utils.hub import cached_file
+
+    quietly: dict[str, Any] = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    with loading(source):
+        return cached_file(locate(source), name, **quietly)
+
+
+def refuse_adapters(source: Any) -> None:
+    """Raise LosaError for a model (a folder, a name on the hub, or loaded) with a LoRA of PEFT: work on its weights alone
+    would lose it, unsaid."""
+    if isinstance(source, nn.Module):
+        if any(type(module).__module__.startswith("peft.") for module in source.modules()):
+            raise LosaError("the model has adapters of PEFT: merge or unload them first")
+        return
+    for name in (f"{ADAPTER}/adapter_config.json", "adapter_config.json"):
+        if _beside(source, name) is not None:
+            raise LosaError(
+                f"{source!r} has a LoRA beside its weights ({name}), which would be lost: merge it first, or take a copy "
+                "without it"
+            )
 
 
 def check_complete(found: dict[str, Any], source: str) -> None:

@@ -52,7 +52,8 @@ from losa.sparse.linear import pack_model
 class Result:
     """A compressed model: merged, in memory, dense or packed as it was saved, and where. `history` has rates, errors and ranks of every step.
 
-    `model` is None where it was left on disk: `path` has it.
+    `model` is None where it was left on disk, or computes as measured only with the pairs saved beside it (a recovery that
+    does not merge): `path` has it.
     """
 
     model: Any
@@ -274,7 +275,9 @@ def finish(
     with run.phase("saving"):
         path = export.save(subject, recipe, bits, pairs, measurements, state.history, run)
     run.log("finished", measurements=measurements)
-    return Result(subject.model, subject.tokenizer, recipe, measurements, state.history, path)
+    return Result(
+        subject.model if recovery.merges else None, subject.tokenizer, recipe, measurements, state.history, path
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the steps' parts
@@ -580,7 +583,8 @@ def finished(run: Run, recipe: Recipe, tokenizer: Any) -> Result:
     assert output is not None
     run.drop_states()
     made = json.loads((output / "losa.json").read_text())
-    loaded = None if run.from_disk else model.load(str(output), recipe)
+    whole = not run.from_disk and registry.get("recovery", recipe.recovery).merges
+    loaded = model.load(str(output), recipe) if whole else None
     return Result(loaded, tokenizer, recipe, made["measurements"], made["history"], output)
 
 

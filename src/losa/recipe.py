@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -511,6 +512,37 @@ def from_settings(settings: dict[str, Any], kind: type[Recipe] = Recipe) -> Reci
         if name not in known:
             raise registry.unknown("setting", name, known)
     return kind(**settings)
+
+
+def _ranks(made: Recipe) -> bool:
+    return bool(registry.get("recovery", made.recovery).ranks)
+
+
+# settings that count only beside others: when, and what is to be done where they do not
+READ_WHEN: dict[str, tuple[Callable[[Recipe], bool], str]] = {
+    "distill": (lambda made: bool(registry.get("recovery", made.recovery).trains), "set recovery to one that trains"),
+    "targets": (lambda made: made.trains, "set recovery to one that trains"),
+    "mean_rank": (lambda made: _ranks(made) or made.finetune_first > 0, "set recovery to one of low-rank pairs"),
+    "alpha": (lambda made: _ranks(made) or made.finetune_first > 0, "set recovery to one of low-rank pairs"),
+    "base_rank": (lambda made: _ranks(made) or made.finetune_first > 0, "set recovery to one of low-rank pairs"),
+    "rank_by": (_ranks, "set recovery to one of low-rank pairs"),
+    "teacher": (lambda made: made.distill > 0, "set distill above 0"),
+    "distill_temperature": (lambda made: made.distill > 0, "set distill above 0"),
+    "teacher_top": (lambda made: made.distill > 0 and made.teacher == "cached", "distil from a cached teacher"),
+    "reconstruct_rate": (lambda made: made.reconstruct > 0, "set reconstruct above 0"),
+}
+
+
+def refuse_unread(made: Recipe, given: dict[str, Any]) -> None:
+    """Raise LosaError for the first setting of `given`, asked for by hand, that nothing in `made` would read.
+
+    Not part of `validate`: recipes that are combined, and the cells of a table, may share settings that some do not read.
+    """
+    usual = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    for name, value in given.items():
+        is_read, instead = READ_WHEN.get(name, (lambda _: True, ""))
+        if value != usual[name] and not is_read(made):
+            raise LosaError(f"{name} {value!r} would change nothing: leave it out, or {instead}")
 
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

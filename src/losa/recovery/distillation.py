@@ -121,12 +121,12 @@ class Cached:
     positions n that count, and `starts` int64 [rows + 1], where each row begins.
     """
 
-    def __init__(self, run: "Run", shards: int, temperature: float) -> None:
+    def __init__(self, run: "Run", shards: range, temperature: float) -> None:
         from safetensors import safe_open
 
         self.temperature = temperature
-        self._files = [safe_open(run.path(_shard(number)), framework="pt") for number in range(shards)]
-        self._starts: list[Tensor] = [file.get_tensor("starts") for file in self._files]
+        self._files = {number: safe_open(run.path(_shard(number)), framework="pt") for number in shards}
+        self._starts: dict[int, Tensor] = {number: file.get_tensor("starts") for number, file in self._files.items()}
 
     def predict(self, rows: Sequence[int], inputs: dict[str, Tensor]) -> Prediction:
         """Its likeliest tokens, and the rest."""
@@ -158,6 +158,7 @@ def teacher_of(subject: Subject, recipe: Recipe, inputs: Inputs, run: "Run") -> 
         if saved and saved.meta["seen"] != seen:
             raise LosaError(f"teacher_model {name!r} is not what the run was started with: start a new run")
         run.save("teacher-model", {}, {"seen": seen})
+        dense = dense.to(subject.model.device)  # a loaded model may be elsewhere than the recipe says
     elif recipe.teacher == "live":
         dense = subject.dense
     # heads may be padded, each to a size of its own
@@ -167,13 +168,15 @@ def teacher_of(subject: Subject, recipe: Recipe, inputs: Inputs, run: "Run") -> 
 
 
 def cached(live: Live, examples: list[data.Example], pad_id: int, recipe: Recipe, run: "Run") -> Cached:
-    """The predictions of `live` for all examples, in the run; what is there already is not made again."""
-    starts = range(0, len(examples), SHARD)
-    missing = [number for number in range(len(starts)) if not run.path(_shard(number)).is_file()]
+    """The predictions of `live` for the examples, in the run; what is there already is not made again.
+
+    Files with nothing but rows that fine-tune the dense model, which nobody teaches, are left out."""
+    shards = range(len(recipe.rows_of(0)) // SHARD, -(-len(examples) // SHARD))
+    missing = [number for number in shards if not run.path(_shard(number)).is_file()]
     missing = distributed.gather(missing)[0]  # rank 0's, which writes them
     device = next(live.model.parameters()).device
-    for number in run.track(missing, "the teacher's predictions", "part", done=len(starts) - len(missing)):
-        rows = range(starts[number], min(starts[number] + SHARD, len(examples)))
+    for number in run.track(missing, "the teacher's predictions", "part", done=len(shards) - len(missing)):
+        rows = range(number * SHARD, min((number + 1) * SHARD, len(examples)))
         own = distributed.share(len(rows))
         top = min(recipe.teacher_top, live.vocabulary)
         made = {
@@ -194,7 +197,7 @@ def cached(live: Live, examples: list[data.Example], pad_id: int, recipe: Recipe
         begins = [0, *itertools.accumulate(length for part in distributed.gather(lengths) for length in part)]
         run.save(_shard(number), {**tensors, "starts": torch.tensor(begins)}, {"rows": len(rows)})
     distributed.gather(None)  # rank 0 has written them all
-    return Cached(run, len(starts), recipe.distill_temperature)
+    return Cached(run, shards, recipe.distill_temperature)
 
 
 def shortened(said: Prediction, k: int) -> Prediction:

@@ -1,12 +1,12 @@
 """The learning rate, chosen by short trials: the best on held-out rows of the recovery data, in factors of two."""
 
-import copy
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from losa import data, distributed, sharding
+from losa.adapters import MaskedLinear
 from losa.errors import LosaError
 from losa.model import Subject
 from losa.progress import Progress
@@ -64,7 +64,7 @@ def choose_rate(
     held = examples[-max(1, min(HELD, len(examples) // 5)) :]
     rows = examples[: min(TRIAL * recipe.batch_size, len(examples) - len(held)) or 1]
     linears = [linear for block in subject.blocks for linear in block.masked.values()]
-    before = [copy.deepcopy(linear.state_dict()) for linear in linears]
+    before = [_trained(linear, recovery) for linear in linears]
     found: dict[float, float] = {}
 
     def trial(rate: float) -> float:
@@ -72,11 +72,12 @@ def choose_rate(
             brief = recipe.at(learning_rate=rate, epochs=1)
             try:
                 recovery.recover(subject, rows, brief, step, Run(None, Progress(quiet=True)))
-                found[rate] = held_out_loss(subject, held, recipe)
+                loss = held_out_loss(subject, held, recipe)
+                found[rate] = loss if math.isfinite(loss) else math.inf  # NaN is not more than anything
             except LosaError:
                 found[rate] = math.inf
             for linear, state in zip(linears, before, strict=True):
-                linear.load_state_dict(state)
+                linear.load_state_dict(state, strict=False)  # what is not in it has not moved
             run.log("trial", step=step, rate=rate, loss=found[rate] if math.isfinite(found[rate]) else None)
         return found.get(rate, math.inf)
 
@@ -90,6 +91,12 @@ def choose_rate(
         raise LosaError(f"no learning rate from {min(found):g} to {max(found):g} trains: check the recovery data")
     run.say(f"step {step}/{recipe.steps}: learning rate {best:g}, of {len(found)} tried")
     return best
+
+
+def _trained(linear: MaskedLinear, recovery: Recovery) -> dict[str, torch.Tensor]:
+    """A copy of what a trial changes of it: of pairs these and their rank, the weight stays; else the weight."""
+    fixed = ("bias", "mask_bits", *(["weight"] if recovery.ranks else []))
+    return {name: tensor.clone() for name, tensor in linear.state_dict().items() if name not in fixed}
 
 
 @torch.no_grad()
