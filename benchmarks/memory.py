@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 
 from losa import memory, model
 from losa.inspection import plan
-from losa.recipe import Recipe, from_settings, parse_size
+from losa.recipe import Recipe, from_settings
+from losa.recipe_checks import parse_size
 
 IN_MEMORY, SPILLED = 0, 3  # of `memory.ways`: all in memory; model and activations on disk
 DEMO = model.locate("demo")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from losa import recipe, registry
 from losa.errors import LosaError
-from losa.recipe import RECIPES, Recipe, from_settings, load, refuse_unread
+from losa.recipe import RECIPES, Recipe, from_settings, load
+from losa.recipe_checks import refuse_unread
 
 FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
 

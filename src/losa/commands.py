@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from losa import distributed, recipe, registry, repair_recipe
 from losa.errors import LosaError
+from losa.recipe_checks import refuse_unread
 from losa.units import duration, number, size
 
 
@@ -45,7 +46,7 @@ def _chosen(args: argparse.Namespace, kind: type[recipe.Recipe]) -> recipe.Recip
         made = recipe.from_settings(kept["recipe"] | given, kind)
     else:
         made = recipe.load(args.recipe, given, kind)
-    recipe.refuse_unread(made, given)
+    refuse_unread(made, given)
     return made
 
 

@@ -13,7 +13,8 @@ import torch
 from losa import calibration, distributed, experts, heap, masks, model, registry
 from losa.errors import LosaError
 from losa.model import Block
-from losa.recipe import Recipe, parse_size
+from losa.recipe import Recipe
+from losa.recipe_checks import parse_size
 from losa.recovery import distillation, footprint
 from losa.recovery.low_rank import MaskedLowRank
 

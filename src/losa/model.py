@@ -18,7 +18,8 @@ from torch import nn
 from losa import checkpoint, data, distributed, experts
 from losa.errors import LosaError
 from losa.loading import STRUCTURED
-from losa.recipe import TARGETS, Recipe
+from losa.recipe import Recipe
+from losa.recipe_checks import TARGETS
 from losa.sparse.linear import PackedLinear
 
 if TYPE_CHECKING:

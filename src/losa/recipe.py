@@ -4,17 +4,15 @@ import copy
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from losa import patterns, registry
+from losa import patterns, recipe_checks, registry
 from losa.errors import LosaError
 from losa.patterns import Amount
+from losa.recipe_checks import check_type, widened
 
 if TYPE_CHECKING:
     from losa.model import Block
@@ -23,7 +21,6 @@ RECIPES = (
     *("paper", "best", "best-adapters", "demo", "lora", "sparse-lora", "adalora", "sora", "finetune-then-sparsify"),
 )
 MOST_ROWS = 10_000  # recovery rows where none are asked for: the paper's
-KINDS_WITH_OPTIONS: tuple[Literal["pruner", "allocator", "recovery"], ...] = ("pruner", "allocator", "recovery")
 
 
 def setting(default: Any, doc: str) -> Any:
@@ -174,18 +171,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _widened(getattr(self, f.name), f.type))
-        _check_type("pattern", self.pattern, str)
+            object.__setattr__(self, f.name, widened(getattr(self, f.name), f.type))
+        check_type("pattern", self.pattern, str)
         if self.sparsity is None:
             said = self.kept.sparsity
             object.__setattr__(self, "sparsity", 0.6 if said is None else said)
         if self.micro_batch_size is None:
-            _check_type("batch_size", self.batch_size, int)
+            check_type("batch_size", self.batch_size, int)
             size = max((n for n in range(1, 5) if self.batch_size % n == 0), default=1)
             object.__setattr__(self, "micro_batch_size", size)
         if self.pruner is None:
             object.__setattr__(self, "pruner", "wanda-sp" if self.structured else "wanda")
-        _check_type("recovery", self.recovery, str)
+        check_type("recovery", self.recovery, str)
         recovery = registry.get("recovery", self.recovery)
         if self.steps is None:
             object.__setattr__(self, "steps", 1 if recovery.once or not recovery.merges else 5)
@@ -195,168 +192,7 @@ class Recipe:
 
     def validate(self) -> None:
         """Raise LosaError for the first setting that cannot be."""
-        for f in dataclasses.fields(self):
-            _check_type(f.name, getattr(self, f.name), f.type)
-        _require(0 <= self.sparsity < 1, "sparsity", self.sparsity, "at least 0 and below 1")
-        kept = patterns.parse(self.pattern)
-        if kept.sparsity is not None and abs(kept.sparsity - self.sparsity) > 1e-9:
-            raise LosaError(
-                f"sparsity {self.sparsity:g} contradicts pattern {kept}, which keeps {kept.n} of {kept.m}: leave it out"
-            )
-        self._check_kind_of_pruner()
-        for kind in KINDS_WITH_OPTIONS:
-            cls, options = registry.get(kind, getattr(self, kind)), getattr(self, f"{kind}_options")
-            known = [f.name for f in dataclasses.fields(cls)]
-            for name in options:
-                if name not in known:
-                    raise registry.unknown(f"setting of {kind} {getattr(self, kind)!r}", name, known)
-            for f in dataclasses.fields(cls):
-                if f.name in options:
-                    _check_type(f"{kind}_options.{f.name}", options[f.name], f.type)
-            try:
-                self.build(kind)
-            except LosaError as error:
-                raise LosaError(f"{kind}_options: {error}") from None
-        self._check_what_pruner_reads()
-        self._check_format()
-        self._check_recovery()
-        positive = "steps calibration_samples sequence_length allocation_samples train_length batch_size"
-        _require(self.rows > 0, "train_samples", self.train_samples, "above 0")
-        others = ("epochs", "distill_temperature", "teacher_top", "reconstruct_rate")
-        for name in [*positive.split(), "micro_batch_size", "base_rank", "alpha", "clip", *others]:
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        _require(self.mean_rank >= 1, "mean_rank", self.mean_rank, "at least 1: every adapted linear has a rank")
-        least = "rank_growth error_tokens reconstruct weight_decay eval_tokens eval_window checkpoint_minutes "
-        least += "eval_step_tokens sample_tokens"
-        for name in least.split():
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(self.eval_tokens != 1, "eval_tokens", self.eval_tokens, "at least 2, or 0 for all")
-        _require(self.eval_window != 1, "eval_window", self.eval_window, "at least 2, or 0 for the model's")
-        _require(self.eval_step_tokens != 1, "eval_step_tokens", self.eval_step_tokens, "at least 2, or 0 for none")
-        _require("" not in self.prompts, "prompts", self.prompts, "texts that are not empty")
-        for name in ("warmup", "last_step_share", "distill", "finetune_first"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        _require(
-            self.batch_size % self.micro_batch_size == 0,
-            "micro_batch_size",
-            self.micro_batch_size,
-            f"a divisor of batch_size ({self.batch_size})",
-        )
-        if registry.get("recovery", self.recovery).trains:
-            rows = self.rows - len(self.rows_of(0))
-            _require(rows >= self.steps, "train_samples", self.train_samples, "at least one row a step")
-        self._check_rate()
-        allocator = registry.get("allocator", self.allocator)
-        if self.rates_per == "linear" and not allocator.per_linear:
-            raise LosaError(f"allocator {self.allocator!r} knows blocks only: set rates_per to block")
-        if self.allocator == "rmi":
-            for name in ("allocation_samples", "calibration_samples"):
-                _require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2: RMI compares sequences")
-        if self.memory:
-            parse_size("memory", self.memory)
-        _require(abs(self.seed) <= 10**15, "seed", self.seed, "at most 1e15 either way")
-        if self.teacher_model and not self.distill:
-            raise LosaError(f"teacher_model {self.teacher_model!r} would never be asked: set distill above 0")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?", self.device):
-            raise LosaError(f"device {self.device!r}: use auto, cpu or cuda (cuda:0, cuda:1 ...)")
-        ignored = [("ignore", pattern) for pattern in self.ignore]
-        for name, pattern in [*ignored, *([] if self.targets in TARGETS else [("targets", self.targets)])]:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise LosaError(f"{name}: {pattern!r} is no regular expression: {error}") from None
-
-    def _check_rate(self) -> None:
-        """Raise LosaError for a learning rate that is neither a number above 0 nor auto."""
-        if isinstance(self.learning_rate, str):
-            if self.learning_rate != "auto":
-                raise LosaError(f"learning_rate is {self.learning_rate!r}: must be a number or auto")
-            steps = [1, self.steps] if registry.get("recovery", self.recovery).trains else []
-            rows = [len(self.rows_of(step)) for step in (*steps, *([0] if self.finetune_first else []))]
-            if min(rows, default=2) < 2:
-                raise LosaError(
-                    f"train_samples is {self.rows}: learning_rate auto holds one row back and trains on others, so a step "
-                    "needs two: raise it, or name a learning_rate"
-                )
-        else:
-            _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0, or auto")
-
-    def _check_kind_of_pruner(self) -> None:
-        """Raise LosaError for a pruner of single weights where whole heads go, and the other way round."""
-        if not self.structured:
-            if self.pruner in registry.STRUCTURED:
-                raise LosaError(
-                    f"pruner {self.pruner!r} prunes whole heads and channels: set pattern to structured; with pattern "
-                    f"{self.kept} use {' or '.join(sorted(registry.PRUNERS))}"
-                )
-            return
-        if self.pruner in registry.PRUNERS:
-            raise LosaError(
-                f"pruner {self.pruner!r} prunes single weights; with --pattern structured use "
-                f"{' or '.join(sorted(registry.STRUCTURED))}"
-            )
-        if self.rates_per != "block":
-            raise LosaError(
-                "rates_per linear: pattern structured prunes the linears of a block together: set it to block"
-            )
-        if self.allocator == "error":
-            raise LosaError("allocator 'error' tries single linears; with --pattern structured use owl, rmi or uniform")
-
-    def _check_what_pruner_reads(self) -> None:
-        """Raise LosaError for settings that mean nothing to a pruner without inputs, or with gradients."""
-        pruner, allocator = registry.get("pruner", self.pruner), registry.get("allocator", self.allocator)
-        if self.true_sequential and not pruner.needs_inputs:
-            raise LosaError(f"true_sequential changes inputs, which pruner {self.pruner!r} does not read: leave it out")
-        if pruner.needs_gradients:
-            if allocator.needs == "errors":
-                raise LosaError(
-                    f"allocator {self.allocator!r} prunes each block for trial on the way forward, where pruner "
-                    f"{self.pruner!r} has no gradients yet: use another allocator"
-                )
-            least = "at least 2: a loss needs a next token"
-            _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, least)
-
-    def _check_format(self) -> None:
-        """Raise LosaError for what cannot be packed."""
-        merges = registry.get("recovery", self.recovery).merges
-        if self.format == "dense":
-            if self.values != "auto":
-                raise LosaError(f"values {self.values} are of packed models: set format to packed")
-            return
-        if self.structured:
-            raise LosaError("format packed: pattern structured leaves no zeros to leave out: leave format dense")
-        if not merges:
-            raise LosaError(
-                f"format packed: recovery {self.recovery!r} keeps its pairs apart, for PEFT, which knows dense linears "
-                "only: set format to dense, or recovery to losa or none"
-            )
-        least = "at least 0.1 with format packed: below that, masks take what zeros give"
-        _require(self.sparsity >= 0.1, "sparsity", self.sparsity, least)
-
-    def _check_recovery(self) -> None:
-        """Raise LosaError for settings that contradict the recovery."""
-        recovery = registry.get("recovery", self.recovery)
-        if recovery.once and self.steps > 1:
-            raise LosaError(
-                f"recovery {self.recovery!r} sets mask and ranks once, so that only one step is possible: set steps to 1"
-            )
-        if self.rank_by not in recovery.rank_by:
-            raise LosaError(f"rank_by {self.rank_by}: recovery {self.recovery!r} knows {' or '.join(recovery.rank_by)}")
-        share = self.finetune_first
-        if recovery.trains and share == 1:
-            raise LosaError(
-                f"finetune_first is {share:g}: no rows are left for recovery {self.recovery!r}: lower it, or set recovery to none"
-            )
-        if recovery.trains or not share:
-            return
-        if 0 < share < 1:
-            raise LosaError(
-                f"finetune_first is {share:g}: recovery {self.recovery!r} reads no rows, so set it to 1 or 0"
-            )
-        if self.distill:
-            raise LosaError(
-                "distill: the dense model is fine-tuned by next tokens only, and nothing is after it: set it to 0"
-            )
+        recipe_checks.check(self)
 
     def build(self, kind: Literal["pruner", "allocator", "recovery"]) -> Any:
         """The pruner (of single weights, or where the pattern is structured, of heads), allocator or recovery, with its
@@ -456,13 +292,6 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-TARGETS = {
-    "all": r".*",
-    "qv": r".*\b(q_proj|v_proj)$",  # where q, k and v are one linear, nothing
-    "qkvo": r"\b(q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|query_key_value)$|attention\.dense$",
-}
-
-
 def load(names: str | None, overrides: dict[str, Any] | None = None, kind: type[Recipe] = Recipe) -> Recipe:
     """The recipe of that name or JSON file, or of several with commas between them, each on top of those before it
     (demo,best: the demo's data, the best method); None: the defaults. `overrides` go on top. Raises LosaError.
@@ -512,74 +341,3 @@ def from_settings(settings: dict[str, Any], kind: type[Recipe] = Recipe) -> Reci
         if name not in known:
             raise registry.unknown("setting", name, known)
     return kind(**settings)
-
-
-def _ranks(made: Recipe) -> bool:
-    return bool(registry.get("recovery", made.recovery).ranks)
-
-
-# settings that count only beside others: when, and what is to be done where they do not
-READ_WHEN: dict[str, tuple[Callable[[Recipe], bool], str]] = {
-    "distill": (lambda made: bool(registry.get("recovery", made.recovery).trains), "set recovery to one that trains"),
-    "targets": (lambda made: made.trains, "set recovery to one that trains"),
-    "mean_rank": (lambda made: _ranks(made) or made.finetune_first > 0, "set recovery to one of low-rank pairs"),
-    "alpha": (lambda made: _ranks(made) or made.finetune_first > 0, "set recovery to one of low-rank pairs"),
-    "base_rank": (lambda made: _ranks(made) or made.finetune_first > 0, "set recovery to one of low-rank pairs"),
-    "rank_by": (_ranks, "set recovery to one of low-rank pairs"),
-    "teacher": (lambda made: made.distill > 0, "set distill above 0"),
-    "distill_temperature": (lambda made: made.distill > 0, "set distill above 0"),
-    "teacher_top": (lambda made: made.distill > 0 and made.teacher == "cached", "distil from a cached teacher"),
-    "reconstruct_rate": (lambda made: made.reconstruct > 0, "set reconstruct above 0"),
-}
-
-
-def refuse_unread(made: Recipe, given: dict[str, Any]) -> None:
-    """Raise LosaError for the first setting of `given`, asked for by hand, that nothing in `made` would read.
-
-    Not part of `validate`: recipes that are combined, and the cells of a table, may share settings that some do not read.
-    """
-    usual = {f.name: f.default for f in dataclasses.fields(Recipe)}
-    for name, value in given.items():
-        is_read, instead = READ_WHEN.get(name, (lambda _: True, ""))
-        if value != usual[name] and not is_read(made):
-            raise LosaError(f"{name} {value!r} would change nothing: leave it out, or {instead}")
-
-
-UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size(name: str, text: str) -> float:
-    """Bytes, from `8GB`, `500 MB`, `16GiB` or a number of them. Raises LosaError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = UNITS.get((found[2] or "B").upper()) if found else None
-    if found is None or unit is None or float(found[1]) <= 0:
-        raise LosaError(f"{name} {text!r}: write a size such as 8GB, 500MB or 16GiB")
-    return float(found[1]) * unit
-
-
-def _widened(value: Any, kind: Any) -> Any:
-    """6 as 6.0 where a float is meant (JSON does not tell them apart), unless no float is as large."""
-    whole = type(value) is int and abs(value) < 2**1023
-    return float(value) if whole and float in (kind, *get_args(kind)) else value
-
-
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise registry.unknown(name, value, get_args(kind))
-        return
-    parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    allowed = tuple(get_origin(part) or part for part in parts)
-    value = _widened(value, kind)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        named = " or ".join(k.__name__ for k in allowed if k is not NoneType)
-        raise LosaError(f"{name}: expected {named}, got {value!r}")
-    if kind == list[str] and not all(isinstance(part, str) for part in value):
-        raise LosaError(f"{name}: expected a list of strings, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise LosaError(f"{name}: {value} is not a finite number")
-
-
-def _require(true: bool, name: str, value: object, what: str) -> None:
-    if not true:
-        raise LosaError(f"{name} is {value}: must be {what}")

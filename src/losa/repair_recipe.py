@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from losa import registry
 from losa.errors import LosaError
 from losa.recipe import Recipe
+from losa.recipe_checks import check_format
 
 # what means nothing to a model that is pruned already
 PRUNING = (
@@ -45,7 +46,7 @@ class Repair(Recipe):
     def found(self, sparsity: float) -> Recipe:
         """The same, of masks that prune so much. Raises LosaError if they are too few for the format."""
         made = self.at(sparsity=sparsity)
-        made._check_format()
+        check_format(made)
         return made
 
     @classmethod
