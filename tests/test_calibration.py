@@ -1,6 +1,7 @@
 """Streaming block by block gives what one pass through the whole model gives."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,3 +164,21 @@ def test_observing_ends_a_batch_at_the_last_linear() -> None:
 
 def test_observing_ends_no_batch_where_tokens_are_routed() -> None:
     assert observed("mixtral", "") == observed("mixtral", "", advance=True)
+
+
+def test_processes_that_spill_at_once_have_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    map_file, others = torch.from_file, []
+
+    def mapped_meanwhile(*rest: Any, **named: Any) -> Tensor:
+        """Another process spills between this one's mapping its file and taking away the name."""
+        made = map_file(*rest, **named)
+        if not others:
+            others.append(made)
+            others[0] = calibration.mapped(tmp_path, (4,), torch.float32)
+        return made
+
+    monkeypatch.setattr(torch, "from_file", mapped_meanwhile)
+    own = calibration.mapped(tmp_path, (4,), torch.float32).fill_(1.0)
+    others[0].fill_(2.0)
+    assert own.tolist() == [1.0] * 4
+    assert not any(tmp_path.iterdir())

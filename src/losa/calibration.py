@@ -7,6 +7,7 @@ mapped into memory, and take none that the system could not have back.
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -329,14 +330,15 @@ def mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     The file has its room before it is written through the mapping, where a full disk would end the process.
     """
-    path, size = folder / "activations", torch.Size(shape).numel()
+    size = torch.Size(shape).numel()
     with writing(folder):
+        handle, path = tempfile.mkstemp(prefix="activations-", dir=folder)  # another process of the run makes its own
         try:
-            with path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+            os.posix_fallocate(handle, 0, size * dtype.itemsize)
+            return torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
         finally:
-            path.unlink(missing_ok=True)
+            os.close(handle)
+            os.unlink(path)
 
 
 def _to(value: Any, device: torch.device) -> Any:
