@@ -436,7 +436,7 @@ def prune(
         if not recipe.trains:
             subject.round_block(block)
         stream.advance(block)
-        errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
+        errors.append(reconstruction_error(block.name, dense.features[block.index], stream.sample(positions).cpu()))
         run.note(f"error {errors[-1]:.3f}")
     return errors, unreached
 
