@@ -85,6 +85,14 @@ def test_the_first_way_that_fits_is_taken(llama: Path, small: Recipe, monkeypatc
         assert choose("") == found[way]
 
 
+def test_a_run_from_disk_is_for_one_process(llama: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("losa.distributed.launched", lambda: 2)
+    with pytest.raises(LosaError, match="begun from disk, which is for one process: resume it without torchrun"):
+        memory.choose(
+            str(llama), changed(small, steps=1, recovery="none"), model.load_config(str(llama)), from_disk=True
+        )
+
+
 def test_available_is_the_least_of_what_machine_group_and_process_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ def choose(source: Any, recipe: Recipe, config: Any, saves: bool = True, from_di
     """The first way that fits into `recipe.memory`, or into what is free; of the model in memory first, activations too.
 
     saves: whether there is a folder for what does not fit. from_disk: what a run that is resumed has chosen. Raises
-    LosaError where `recipe.memory` is set and nothing fits, with what would.
+    LosaError where `recipe.memory` is set and nothing fits, with what would, and where the way that was chosen is closed.
     """
     whole = model.skeleton(config) if isinstance(source, str) else source
     reason = reason_for_memory(source, recipe, config, saves)
@@ -56,6 +56,8 @@ def choose(source: Any, recipe: Recipe, config: Any, saves: bool = True, from_di
         and not (way.spill and reads_gradients(recipe))
         and from_disk in (None, way.from_disk)
     ]
+    if not found:
+        raise LosaError("the run was begun from disk, which is for one process: resume it without torchrun")
     limit = parse_size("memory", recipe.memory) if recipe.memory else None
     for way in found:
         room = limit
