@@ -174,6 +174,9 @@ def _start(
             if run.finished:
                 return finished(run, recipe, tokenizer)
         way = memory.choose(source, recipe, config, output is not None, run.from_disk)
+        if way.free is not None:
+            need, free = memory.gigabytes(way.memory), memory.gigabytes(way.free)
+            run.say(f"memory may not suffice: about {need} is needed at the peak, {free} is free")
         with run.phase("reading"):
             inputs = read(recipe, tokenizer, config)
             settled = with_rows(recipe, len(inputs.examples))
