@@ -16,6 +16,7 @@ from losa import run as runs
 from losa.errors import LosaError
 from losa.inspection import inspect
 from losa.recipe import Recipe
+from losa.repair_recipe import Repair
 
 
 @pytest.fixture
@@ -197,3 +198,15 @@ def test_what_cannot_be_compressed_is_said(tmp_path: Path, llama: Path, brief: R
         losa.compress(llama, changed(brief, mean_rank=99.0), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     losa.compress(llama, changed(brief, recovery="none"), tmp_path / "out")  # a Path is a folder
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_that_others_quantised_is_refused(loaded: bool, tmp_path: Path, llama: Path, brief: Recipe) -> None:
+    source = shutil.copytree(llama, tmp_path / "dense")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    model = tiny()
+    model.config.quantization_config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    for recipe, work in ((brief, losa.compress), (Repair(), losa.recover)):
+        with pytest.raises(LosaError, match=rf"is quantised \({'bitsandbytes' if loaded else 'fp8'}\): name the model"):
+            work(model if loaded else source, recipe, tokenizer=tokenizer())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from losa import data, distributed, model, registry, sources, structure
 from losa.errors import LosaError
+from losa.loading import PACKED, STRUCTURED
 from losa.model import Subject
 from losa.recipe import Recipe
 from losa.recovery import footprint
@@ -60,6 +61,11 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         raise LosaError(
             f"{name} is packed: losa export DIR --output NEW --format dense makes it one that can be pruned"
         )
+    if method := quantised(config):
+        name = source if isinstance(source, str) else type(source).__name__
+        raise LosaError(
+            f"{name} is quantised ({method}): name the model it was made from, and quantise what losa makes"
+        )
     whole = model.skeleton(config) if isinstance(source, str) else source
     blocks = model.prunable(whole, recipe)
     if recipe.structured:
@@ -85,6 +91,17 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         if getattr(recipe, name) > limit:
             raise LosaError(f"{name} is {getattr(recipe, name)}: the model reads at most {limit} tokens: lower it")
     return config
+
+
+def quantised(config: Any) -> str:
+    """How the weights of a model with this configuration are stored, if that is neither as numbers nor a form of losa's."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return ""
+    known = stored if isinstance(stored, dict) else stored.to_dict()  # of a loaded model
+    method = known.get("quant_method", "in an unknown way")
+    method = str(getattr(method, "value", method))
+    return "" if method in (STRUCTURED, PACKED) else method
 
 
 def _check_processes(recipe: Recipe, resume: bool) -> None:
