@@ -11,6 +11,7 @@ from torch import Tensor
 
 from losa import calibration, experts
 from losa.calibration import Stream
+from losa.errors import LosaError
 from losa.model import Block, find_blocks
 
 TOKENS = torch.randint(1, 2048, (7, 20), generator=torch.Generator().manual_seed(1))
@@ -63,6 +64,22 @@ def test_features_and_inputs_equal_those_of_the_whole_model(kind: str) -> None:
             assert statistics[name].sequences == 7 or ".experts." in name
         stream.advance(block)
         torch.testing.assert_close(torch.cat(stream.hiddens), expected[block.name], rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_are_given_the_text_itself_are_refused() -> None:
+    """As some models hand each token's embedding to every block: what the first batch's blocks got is not the others'."""
+    blocks = find_blocks(model := tiny())
+    embed = model.model.embed_tokens
+    seen: list[Tensor] = []
+    embed.register_forward_hook(lambda _m, _i, out: seen.append(out))
+
+    def given(_module: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return rest, named | {"per_layer_input": seen[-1][..., :4]}
+
+    blocks[1].module.register_forward_pre_hook(given, with_kwargs=True)
+    Stream(model, blocks, TOKENS[:3], torch.device("cpu"))  # one batch has its own
+    with pytest.raises(LosaError, match=r"^model\.layers\.1 is given more of the text than hidden states: it is not"):
+        Stream(model, blocks, TOKENS, torch.device("cpu"))
 
 
 def test_linears_with_the_same_input_share_a_statistic() -> None:

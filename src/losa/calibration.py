@@ -71,7 +71,9 @@ class Stream:
                 if block is blocks[0]:
                     self.hiddens.append(self._placed(hidden))
                 whole = self.hiddens[-1]  # some models unpack what a block returns, and then hand on a part of `hidden`
-                self._arguments.setdefault((block.name, len(whole)), (rest, named))
+                kept = self._arguments.setdefault((block.name, len(whole)), (rest, named))
+                if not _same(kept, (rest, named)):  # what is kept is every batch's, and these would get another's
+                    raise LosaError(f"{block.name} is given more of the text than hidden states: it is not supported")
                 if block is blocks[-1]:
                     raise _Captured
                 return whole
@@ -350,3 +352,12 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}
     return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether the tensors in two values of one form are equal."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_same(one[k], other[k]) for k in one)
+    return not isinstance(one, tuple | list) or all(map(_same, one, other))
