@@ -1,6 +1,7 @@
 """Streaming block by block gives what one pass through the whole model gives."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from losa import calibration, experts
 from losa.calibration import Stream
+from losa.errors import LosaError
 from losa.model import Block, find_blocks
 
 TOKENS = torch.randint(1, 2048, (7, 20), generator=torch.Generator().manual_seed(1))
@@ -62,6 +64,22 @@ def test_features_and_inputs_equal_those_of_the_whole_model(kind: str) -> None:
             assert statistics[name].sequences == 7 or ".experts." in name
         stream.advance(block)
         torch.testing.assert_close(torch.cat(stream.hiddens), expected[block.name], rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_are_given_the_text_itself_are_refused() -> None:
+    """As some models hand each token's embedding to every block: what the first batch's blocks got is not the others'."""
+    blocks = find_blocks(model := tiny())
+    embed = model.model.embed_tokens
+    seen: list[Tensor] = []
+    embed.register_forward_hook(lambda _m, _i, out: seen.append(out))
+
+    def given(_module: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return rest, named | {"per_layer_input": seen[-1][..., :4]}
+
+    blocks[1].module.register_forward_pre_hook(given, with_kwargs=True)
+    Stream(model, blocks, TOKENS[:3], torch.device("cpu"))  # one batch has its own
+    with pytest.raises(LosaError, match=r"^model\.layers\.1 is given more of the text than hidden states: it is not"):
+        Stream(model, blocks, TOKENS, torch.device("cpu"))
 
 
 def test_linears_with_the_same_input_share_a_statistic() -> None:
@@ -163,3 +181,21 @@ def test_observing_ends_a_batch_at_the_last_linear() -> None:
 
 def test_observing_ends_no_batch_where_tokens_are_routed() -> None:
     assert observed("mixtral", "") == observed("mixtral", "", advance=True)
+
+
+def test_processes_that_spill_at_once_have_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    map_file, others = torch.from_file, []
+
+    def mapped_meanwhile(*rest: Any, **named: Any) -> Tensor:
+        """Another process spills between this one's mapping its file and taking away the name."""
+        made = map_file(*rest, **named)
+        if not others:
+            others.append(made)
+            others[0] = calibration.mapped(tmp_path, (4,), torch.float32)
+        return made
+
+    monkeypatch.setattr(torch, "from_file", mapped_meanwhile)
+    own = calibration.mapped(tmp_path, (4,), torch.float32).fill_(1.0)
+    others[0].fill_(2.0)
+    assert own.tolist() == [1.0] * 4
+    assert not any(tmp_path.iterdir())

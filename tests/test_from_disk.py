@@ -229,7 +229,9 @@ def test_a_disk_that_fills_while_spilling(
         patch.setattr(os, "posix_fallocate", full)
         compress(llama, one_shot, tmp_path / "out", SPILLED)
     assert not list((tmp_path / "out").rglob("*activations*")) and not list((tmp_path / "out").glob("*.safetensors"))
+    (tmp_path / "out" / "run" / "activations-1").touch()  # what a kill could leave
     compress(llama, one_shot, tmp_path / "out", SPILLED, resume=True)
+    assert not list((tmp_path / "out").rglob("*activations*"))
     losa.compress(str(llama), one_shot, tmp_path / "whole")
     assert_same(tmp_path / "whole", tmp_path / "out")
 

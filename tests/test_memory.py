@@ -5,20 +5,23 @@ import itertools
 import json
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import changed
+from conftest import changed, tiny, tokenizer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+import losa
 from losa import heap, masks, memory, model, registry
 from losa.adapters import MaskedLinear
 from losa.errors import LosaError
 from losa.inspection import plan
 from losa.memory import Way
+from losa.progress import Progress
 from losa.pruning import prune_linear
 from losa.recipe import Recipe
 
@@ -80,9 +83,32 @@ def test_the_first_way_that_fits_is_taken(llama: Path, small: Recipe, monkeypatc
         LosaError, match=r"about 4\.4 GB would do; it has to be in memory, for there is no output folder"
     ):
         choose("1GB", saves=False)
-    for free, way in ((9e9, 0), (3.9e9, 1), (1.5e9, 3), (1e6, 3)):
+    for free, way in ((9e9, 0), (3.9e9, 1), (1.5e9, 3)):
         monkeypatch.setattr(memory, "available", lambda _, free=free: free)
         assert choose("") == found[way]
+    monkeypatch.setattr(memory, "available", lambda _: 1e6)
+    assert choose("") == replace(found[3], free=1e6)
+
+
+def test_what_may_not_suffice_is_said(
+    llama: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model that is loaded, what it takes is not taken twice."""
+    recipe, need = changed(small, steps=1, recovery="none", sample_tokens=0), 1e9
+    monkeypatch.setattr(memory, "ways", lambda *_: [Way(False, False, {"model": 0.0, "x": need - memory.PROCESS})])
+    for source, room, said in ((str(llama), 7e8, True), (str(llama), need, False), (tiny(), need - 1e5, False)):
+        monkeypatch.setattr(memory, "available", lambda _, room=room: room)
+        losa.compress(source, recipe, tokenizer=tokenizer(), progress=Progress())
+        told = "memory may not suffice: about 1 GB is needed at the peak, 0.7 GB is free"
+        assert (told in capsys.readouterr().err) == said
+
+
+def test_a_run_from_disk_is_for_one_process(llama: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("losa.distributed.launched", lambda: 2)
+    with pytest.raises(LosaError, match="begun from disk, which is for one process: resume it without torchrun"):
+        memory.choose(
+            str(llama), changed(small, steps=1, recovery="none"), model.load_config(str(llama)), from_disk=True
+        )
 
 
 def test_available_is_the_least_of_what_machine_group_and_process_allow(

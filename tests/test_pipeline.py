@@ -20,6 +20,7 @@ from losa.data import calibration_tokens, training_examples
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.model import find_blocks
+from losa.pruning import reconstruction_error
 from losa.recipe import Recipe
 from losa.recovery.low_rank import MaskedLowRank
 
@@ -131,6 +132,21 @@ def test_errors_are_those_against_the_dense_model(small: Recipe) -> None:
     for dense, pruned, error in zip(*outputs, result.history[0]["errors"], strict=True):
         expected = (((dense - pruned) / dense.norm(dim=0)) ** 2).sum() / dense.shape[1]
         assert error == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_an_error_counts_the_channels_that_have_one() -> None:
+    """One that the dense block leaves at zero has no norm to measure against."""
+    dense, pruned = torch.tensor([[3.0, 0.0], [4.0, 0.0]]), torch.tensor([[3.0, 1.0], [3.0, 1.0]])
+    assert reconstruction_error("block", dense, pruned) == 1 / 25
+    assert reconstruction_error("block", dense[:, 1:], pruned[:, 1:]) == 0.0
+
+
+def test_an_error_that_is_no_number_ends_the_run(small: Recipe) -> None:
+    """Here one weight overflows the type of the block's output; before, such a block had the lowest rank."""
+    model = tiny()
+    model.model.layers[1].mlp.down_proj.weight.data[0] = 1e38
+    with pytest.raises(LosaError, match=r"^model.layers.1 puts out NaN or infinity in float32: use"):
+        losa.compress(model, changed(small, allocator="uniform"), tokenizer=tokenizer())
 
 
 def test_same_seed_same_bytes_and_another_seed_others(llama: Path, tmp_path: Path, small: Recipe) -> None:

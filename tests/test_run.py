@@ -16,6 +16,7 @@ from losa import run as runs
 from losa.errors import LosaError
 from losa.inspection import inspect
 from losa.recipe import Recipe
+from losa.repair_recipe import Repair
 
 
 @pytest.fixture
@@ -217,3 +218,15 @@ def test_what_is_read_may_not_be_in_the_output(llama: Path, tmp_path: Path, brie
         with pytest.raises(LosaError, match=f"{setting} .* is in the output, which is replaced"):
             losa.compress(str(llama), recipe, out, overwrite=True)
     assert made.items() <= files(out).items()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_that_others_quantised_is_refused(loaded: bool, tmp_path: Path, llama: Path, brief: Recipe) -> None:
+    source = shutil.copytree(llama, tmp_path / "dense")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    model = tiny()
+    model.config.quantization_config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    for recipe, work in ((brief, losa.compress), (Repair(), losa.recover)):
+        with pytest.raises(LosaError, match=rf"is quantised \({'bitsandbytes' if loaded else 'fp8'}\): name the model"):
+            work(model if loaded else source, recipe, tokenizer=tokenizer())

@@ -7,6 +7,7 @@ mapped into memory, and take none that the system could not have back.
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -70,7 +71,9 @@ class Stream:
                 if block is blocks[0]:
                     self.hiddens.append(self._placed(hidden))
                 whole = self.hiddens[-1]  # some models unpack what a block returns, and then hand on a part of `hidden`
-                self._arguments.setdefault((block.name, len(whole)), (rest, named))
+                kept = self._arguments.setdefault((block.name, len(whole)), (rest, named))
+                if not _same(kept, (rest, named)):  # what is kept is every batch's, and these would get another's
+                    raise LosaError(f"{block.name} is given more of the text than hidden states: it is not supported")
                 if block is blocks[-1]:
                     raise _Captured
                 return whole
@@ -329,14 +332,15 @@ def mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     The file has its room before it is written through the mapping, where a full disk would end the process.
     """
-    path, size = folder / "activations", torch.Size(shape).numel()
+    size = torch.Size(shape).numel()
     with writing(folder):
+        handle, path = tempfile.mkstemp(prefix="activations-", dir=folder)  # another process of the run makes its own
         try:
-            with path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+            os.posix_fallocate(handle, 0, size * dtype.itemsize)
+            return torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
         finally:
-            path.unlink(missing_ok=True)
+            os.close(handle)
+            os.unlink(path)
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -348,3 +352,12 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}
     return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether the tensors in two values of one form are equal."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_same(one[k], other[k]) for k in one)
+    return not isinstance(one, tuple | list) or all(map(_same, one, other))

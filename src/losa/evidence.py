@@ -109,7 +109,7 @@ def _errors(
                 prune_linear(
                     name, block.masked[name], pruner, recipe.kept.amount(rate), statistics[name], stream.device
                 )
-            errors.append(reconstruction_error(whole, stream.sample_of(block, positions)))
+            errors.append(reconstruction_error(block.name, whole, stream.sample_of(block, positions)))
             for name, (weight, bits) in kept.items():
                 block.masked[name].weight.copy_(weight)
                 block.masked[name].mask_bits.copy_(bits)

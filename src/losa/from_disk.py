@@ -106,7 +106,7 @@ def prune(
             bits = subject.merge_block(block)
             after.advance(block)
             if not done:
-                error = reconstruction_error(dense.features[block.index], stream.sample(positions).cpu())
+                error = reconstruction_error(block.name, dense.features[block.index], stream.sample(positions).cpu())
                 run.note(f"error {error:.3f}")
                 shards.write(block, bits, {"error": error, "unreached": pipeline.experts_of(missed, run)})
     return before.measure(), after.measure()

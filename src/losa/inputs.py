@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from losa import data, distributed, model, registry, sources, structure
 from losa.errors import LosaError
+from losa.loading import PACKED, STRUCTURED
 from losa.model import Subject
 from losa.recipe import Recipe
 from losa.recovery import footprint
@@ -65,6 +66,11 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         raise LosaError(
             f"{name} is packed: losa export DIR --output NEW --format dense makes it one that can be pruned"
         )
+    if method := quantised(config):
+        name = source if isinstance(source, str) else type(source).__name__
+        raise LosaError(
+            f"{name} is quantised ({method}): name the model it was made from, and quantise what losa makes"
+        )
     whole = model.skeleton(config) if isinstance(source, str) else source
     blocks = model.prunable(whole, recipe)
     if recipe.structured:
@@ -110,6 +116,17 @@ def _check_range(source: Any, recipe: Recipe) -> None:
     gradients = recipe.prunes and registry.get("pruner", recipe.pruner).needs_gradients
     if half and (recipe.trains or recipe.reconstruct or gradients):
         raise LosaError("dtype float16 has too small a range for gradients: use bfloat16 or float32")
+
+
+def quantised(config: Any) -> str:
+    """How the weights of a model with this configuration are stored, if that is neither as numbers nor a form of losa's."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return ""
+    known = stored if isinstance(stored, dict) else stored.to_dict()  # of a loaded model
+    method = known.get("quant_method", "in an unknown way")
+    method = str(getattr(method, "value", method))
+    return "" if method in (STRUCTURED, PACKED) else method
 
 
 def _check_processes(recipe: Recipe, resume: bool) -> None:

@@ -4,7 +4,7 @@ All in bytes. Mapped files do not count: the system takes their memory back when
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,15 @@ WIKITEXT = 300_000  # tokens of evaluation text, where nobody knows yet
 
 @dataclass(frozen=True)
 class Way:
-    """How a run lives in its memory, and what it takes at its peak, by part; `memory` is the whole."""
+    """How a run lives in its memory, and what it takes at its peak, by part; `memory` is the whole.
+
+    `free`: what there is, where that is less.
+    """
 
     from_disk: bool
     spill: bool
     parts: dict[str, float]
+    free: float | None = None
 
     @property
     def memory(self) -> float:
@@ -44,8 +48,8 @@ class Way:
 def choose(source: Any, recipe: Recipe, config: Any, saves: bool = True, from_disk: bool | None = None) -> Way:
     """The first way that fits into `recipe.memory`, or into what is free; of the model in memory first, activations too.
 
-    saves: whether there is a folder for what does not fit. from_disk: what a run that is resumed has chosen. Raises
-    LosaError where `recipe.memory` is set and nothing fits, with what would.
+    Where none fits into what is free, the one that takes least: it may do, as all this is "about". saves: whether there is a folder for what does not fit. from_disk: what a run that is resumed has chosen. Raises
+    LosaError where `recipe.memory` is set and nothing fits, with what would, and where the way that was chosen is closed.
     """
     whole = model.skeleton(config) if isinstance(source, str) else source
     reason = reason_for_memory(source, recipe, config, saves)
@@ -57,16 +61,15 @@ def choose(source: Any, recipe: Recipe, config: Any, saves: bool = True, from_di
         and not (way.spill and reads_gradients(recipe))
         and from_disk in (None, way.from_disk)
     ]
+    if not found:
+        raise LosaError("the run was begun from disk, which is for one process: resume it without torchrun")
     limit = parse_size("memory", recipe.memory) if recipe.memory else None
     for way in found:
-        room = limit
-        if room is None:
-            room = available(torch.device("cpu") if way.from_disk else model.choose_device(recipe.device))
-        if way.memory <= room:
+        if way.memory <= (_free(source, way, recipe) if limit is None else limit):
             return way
     least = min(found, key=lambda way: way.memory)
     if limit is None:
-        return least
+        return replace(least, free=_free(source, least, recipe))
     what = "one block of the model and what pruning it takes" if least.from_disk else "the model and what the run takes"
     note = f"; it has to be in memory, for {reason}" if reason else ""
     raise LosaError(f"memory {recipe.memory} is too small for {what}: about {gigabytes(least.memory)} would do{note}")
@@ -241,6 +244,13 @@ def _statistics(block: Block, pruner: Any) -> int:
 
 def gigabytes(count: float) -> str:
     return f"{count / 1e9:.2g} GB" if count < 9.95e9 else f"{count / 1e9:.0f} GB"
+
+
+def _free(source: Any, way: Way, recipe: Recipe) -> float:
+    """What is free where the run lives, with what a loaded model takes of it already."""
+    device = torch.device("cpu") if way.from_disk else model.choose_device(recipe.device)
+    loaded = [] if isinstance(source, str) else source.parameters()
+    return available(device) + sum(p.nbytes for p in loaded if p.device.type == device.type)
 
 
 def available(device: torch.device) -> float:

@@ -175,6 +175,9 @@ def _start(
             if run.finished:
                 return finished(run, recipe, tokenizer)
         way = memory.choose(source, recipe, config, output is not None, run.from_disk)
+        if way.free is not None:
+            need, free = memory.gigabytes(way.memory), memory.gigabytes(way.free)
+            run.say(f"memory may not suffice: about {need} is needed at the peak, {free} is free")
         with run.phase("reading"):
             inputs = read(recipe, tokenizer, config)
             settled = with_rows(recipe, len(inputs.examples))
@@ -439,7 +442,7 @@ def prune(
         if not recipe.trains:
             subject.round_block(block)
         stream.advance(block)
-        errors.append(reconstruction_error(dense.features[block.index], stream.sample(positions).cpu()))
+        errors.append(reconstruction_error(block.name, dense.features[block.index], stream.sample(positions).cpu()))
         run.note(f"error {errors[-1]:.3f}")
     return errors, unreached
 

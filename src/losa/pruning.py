@@ -1,5 +1,6 @@
 """One block: statistics of its linears' inputs, new masks and weights, and how far its output has come from the dense one's."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,12 +109,21 @@ def prune_linear(
         linear.weight.copy_(changed.mul_(linear.mask))
 
 
-def reconstruction_error(dense: Tensor, pruned: Tensor) -> float:
-    """E_l = sum(((D - P) / ||D_channel||)^2) / channels; both [tokens, hidden], the norm over the tokens of all processes."""
+def reconstruction_error(name: str, dense: Tensor, pruned: Tensor) -> float:
+    """E_l = sum(((D - P) / ||D_channel||)^2) / channels; both [tokens, hidden], the norm over the tokens of all processes.
+
+    Channels in which the dense block puts out zeros only have no such norm and do not count. Raises LosaError, naming the
+    block (`name`), for an error that is not finite: ranks and rates could not follow it.
+    """
     error = (dense.float() - pruned.float()).square().sum(dim=0, dtype=torch.float64)
     norm = dense.float().square().sum(dim=0, dtype=torch.float64)
     distributed.sum_([error, norm])
-    return float((error / norm.clamp_min(1e-30)).mean())
+    alive = norm > 1e-30
+    found = float((error[alive] / norm[alive]).mean()) if alive.any() else 0.0
+    if not math.isfinite(found):
+        dtype = str(pruned.dtype).removeprefix("torch.")
+        raise LosaError(f"{name} puts out NaN or infinity in {dtype}: use --dtype float32, or another pruner")
+    return found
 
 
 def sampled_positions(wanted: int, tokens: int, seed: int) -> Tensor | None:

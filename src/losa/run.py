@@ -90,7 +90,7 @@ class Run:
             return
         with writing(self.output):
             self._take_lock()
-            for left in [p for name in ("*.new", "export", "shard") for p in self.folder.glob(name)]:
+            for left in [p for name in ("*.new", "export", "shard", "activations*") for p in self.folder.glob(name)]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             log = self.folder / "log.jsonl"
             if log.is_file() and not log.read_bytes().endswith(b"\n"):  # killed in the middle of a line
