@@ -250,7 +250,7 @@ def _free(source: Any, way: Way, recipe: Recipe) -> float:
     """What is free where the run lives, with what a loaded model takes of it already."""
     device = torch.device("cpu") if way.from_disk else model.choose_device(recipe.device)
     loaded = [] if isinstance(source, str) else source.parameters()
-    return available(device) + sum(p.nbytes for p in loaded if p.device.type == device.type)
+    return available(device) + float(sum(p.nbytes for p in loaded if p.device.type == device.type))
 
 
 def available(device: torch.device) -> float:
