@@ -118,11 +118,11 @@ def test_a_run_is_resumed_wherever_its_model_lies(how: str, llama: Path, tmp_pat
         assert losa.compress(str(now), brief, tmp_path / "out", resume=True).path
 
 
-def test_rows_are_counted_once_the_data_are_read(llama: Path, text: Path, tmp_path: Path, brief: Recipe) -> None:
+def test_rows_are_counted_once_the_data_are_read(llama: Path, tmp_path: Path, brief: Recipe) -> None:
     """Where the recipe does not say how many: a killed run goes on, and the result says how many there were."""
     own = tmp_path / "own.jsonl"
-    own.write_text("\n".join(text.read_text().splitlines()[:9]))
-    recipe = changed(brief, train_data=str(own), train_samples=None, train_length=400)
+    own.write_text("\n".join(json.dumps({"instruction": "Count.", "output": str(row)}) for row in range(9)))
+    recipe = changed(brief, train_data=str(own), train_samples=None)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr("losa.pipeline.recover_step", lambda *_: (_ for _ in ()).throw(Killed))
         losa.compress(str(llama), recipe, tmp_path / "out")
