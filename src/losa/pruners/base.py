@@ -101,6 +101,7 @@ class StructuredPruner(ABC):
     name: str
     needs_inputs: bool = True
     needs_gradients: bool = False
+    sums: ClassVar[bool] = True  # as a Pruner's
     compensates: bool = False
     copies: ClassVar[tuple[tuple[float, float], ...]] = ((1.0, 0.0),)
 
