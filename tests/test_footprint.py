@@ -74,7 +74,10 @@ def test_checkpointed_blocks_have_the_same_gradients_and_keep_less(kind: str) ->
 def test_a_model_in_bf16_has_pairs_moments_and_gradients_in_fp32() -> None:
     subject, pairs = adapted("llama", torch.bfloat16)
     assert all(linear.weight.dtype == torch.bfloat16 for block in subject.blocks for linear in block.masked.values())
-    with footprint.prepared(subject, Recipe(checkpointing=True, learning_rate=1e-3), pairs.values()) as (whole, optimizer):
+    with footprint.prepared(subject, Recipe(checkpointing=True, learning_rate=1e-3), pairs.values()) as (
+        whole,
+        optimizer,
+    ):
         ids = torch.arange(2, 62).view(2, 30)
         next_token_loss(whole, ids, torch.ones_like(ids), ids).backward()
         optimizer.step()
