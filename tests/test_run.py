@@ -12,9 +12,11 @@ import transformers
 from conftest import Killed, changed, files, save_tiny, tiny, tokenizer
 
 import losa
+from losa import model
 from losa import run as runs
 from losa.errors import LosaError
 from losa.inspection import inspect
+from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.repair_recipe import Repair
 
@@ -116,6 +118,27 @@ def test_a_run_is_resumed_wherever_its_model_lies(how: str, llama: Path, tmp_pat
             losa.compress(str(now), brief, tmp_path / "out", resume=True)
     else:
         assert losa.compress(str(now), brief, tmp_path / "out", resume=True).path
+
+
+def test_a_run_is_resumed_in_the_dtype_it_was_started_in(
+    llama: Path, tmp_path: Path, brief: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What auto came to then, whatever it would be on the machine of now; another device is said."""
+    auto, fast, out = changed(brief, dtype="auto", device="auto"), torch.float32, tmp_path / "out"
+    choose = model.choose_dtype
+    monkeypatch.setattr(model, "choose_dtype", lambda name, device: fast if name == "auto" else choose(name, device))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("losa.pipeline.recover_step", lambda *_: (_ for _ in ()).throw(Killed))
+        losa.compress(str(llama), auto, out)
+    fast = torch.bfloat16
+    with pytest.raises(LosaError, match="started in float32, this would be bfloat16: resume it with --dtype float32"):
+        losa.compress(str(llama), auto, out, resume=True)
+    kept = json.loads((out / "run" / "recipe.json").read_text())
+    kept["computed"]["device"] = "tpu"
+    (out / "run" / "recipe.json").write_text(json.dumps(kept))
+    losa.compress(str(llama), changed(auto, dtype="float32"), out, resume=True, progress=Progress())
+    assert "begun on tpu, resumed on " in capsys.readouterr().err
+    losa.compress(str(llama), auto, out, resume=True)  # finished: nothing is computed
 
 
 def test_rows_are_counted_once_the_data_are_read(llama: Path, tmp_path: Path, brief: Recipe) -> None:

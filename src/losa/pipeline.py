@@ -168,10 +168,12 @@ def _start(
         data.check_tokenizer(tokenizer, config.get_text_config().vocab_size)
     if teacher := recipe.teacher_model:
         check_vocabulary(model.load_tokenizer(teacher, model.load_config(teacher)), tokenizer, teacher)
-    run = Run(output, progress or Progress(quiet=True))
+    run, device = Run(output, progress or Progress(quiet=True)), device_of(recipe)
+    dtype = model.choose_dtype(recipe.dtype, device) if isinstance(source, str) else source.dtype
+    computed = {"dtype": str(dtype).removeprefix("torch."), "device": device.type}
     try:
         if resume:
-            run.resume(recipe, name)
+            run.resume(recipe, name, computed)
             if run.finished:
                 return finished(run, recipe, tokenizer)
         way = memory.choose(source, recipe, config, output is not None, run.from_disk)
@@ -183,7 +185,6 @@ def _start(
             settled = with_rows(recipe, len(inputs.examples))
         with run.phase("loading"):
             if way.from_disk:
-                dtype = model.choose_dtype(recipe.dtype, device_of(recipe))
                 subject = disk.OnDisk(disk.local(source), dtype).subject(tokenizer, name, recipe, config.dtype)
             else:
                 loaded = model.load(source, recipe) if isinstance(source, str) else source
@@ -193,7 +194,7 @@ def _start(
             distributed.check_alike(fingerprint(subject, inputs))
         go = begin(subject, settled, inputs)
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
-            run.start(recipe, name, overwrite, way.from_disk)
+            run.start(recipe, name, overwrite, way.from_disk, computed)
         run.log("machine", **usage.machine(device_of(recipe)), dtype=str(subject.model.dtype).removeprefix("torch."))
         if way.from_disk or way.spill:
             run.say(str(way))
