@@ -574,8 +574,9 @@ def tell(run: Run, record: dict[str, Any], recipe: Recipe, seconds: float) -> No
     """One line and one log entry a step."""
     run.log("step", **record, seconds=round(seconds, 3))
     rates, ranks = record["rates"].values(), record["ranks"]
-    line = f"step {record['step']}/{recipe.steps}: sparsity {recipe.sparsity_at(record['step']):.3f}"
-    line += f" ({min(rates):.3f} to {max(rates):.3f})"
+    asked, found = (f"{rate:.3f}" for rate in (recipe.sparsity_at(record["step"]), record["mean_sparsity"]))
+    line = f"step {record['step']}/{recipe.steps}: sparsity {asked} ({min(rates):.3f} to {max(rates):.3f})"
+    line += f", {found} reached" if found != asked else ""  # whole heads, and few of them
     line += f", error {max(record['errors']):.3f} at worst" if record["errors"] else ""
     line += f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""
     run.say(f"{line}, {seconds:.0f} s")
