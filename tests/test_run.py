@@ -75,6 +75,24 @@ def test_overwriting_takes_only_what_losa_wrote(llama: Path, tmp_path: Path, bri
     assert inspect(tmp_path / "out")["recipe"]["seed"] == 1
 
 
+def test_a_folder_of_others_is_refused_at_a_glance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a home folder: what lies deeper in it is not looked at."""
+    (tmp_path / "notes" / "deep").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    seen: list[Path] = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: seen.append(Path(path)) or scan(path))
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: seen.append(Path(path)) or listed(path))
+    with pytest.raises(LosaError, match="is no run of losa"):
+        runs.check_output(tmp_path)
+    assert {*seen} == {tmp_path}
+    (tmp_path / "notes" / "deep").rmdir()
+    (tmp_path / "notes").rmdir()
+    (tmp_path / "run" / "lock").touch()
+    runs.check_output(tmp_path)  # what a kill at the beginning leaves
+
+
 def test_a_model_is_not_replaced_by_its_own_result(llama: Path, tmp_path: Path, brief: Recipe) -> None:
     losa.compress(str(llama), brief, tmp_path / "out")
     before = files(tmp_path / "out")

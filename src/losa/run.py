@@ -324,8 +324,11 @@ def _asked(recipe: Recipe, source: str) -> dict[str, Any]:
 
 def _hardly_begun(output: Path) -> bool:
     """Whether there is no more than what a run killed before its recipe was written leaves."""
-    left = {str(path.relative_to(output)) for path in output.rglob("*")}
-    return left <= {"run", "run/lock", "run/recipe.json.new"}
+    inside = list(output.iterdir())
+    if any(path.name != "run" for path in inside):  # perhaps a home folder: not to be gone through
+        return False
+    inside += [path for run in inside if run.is_dir() for path in run.iterdir()]
+    return {str(path.relative_to(output)) for path in inside} <= {"run", "run/lock", "run/recipe.json.new"}
 
 
 def _claimed(folder: Path) -> list[str]:
