@@ -303,6 +303,7 @@ def finetune(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> dict
         for block in subject.blocks:
             for name, linear in block.linears.items():
                 linear.weight.data.copy_(saved.tensors[name])
+        subject.round()  # as `merge` has left all that it did not train
         return dict(meta["measured"])
     run.save("finetuned", {}, meta)
     recovery, examples = MaskedLowRank(), [inputs.examples[row] for row in recipe.rows_of(0)]
