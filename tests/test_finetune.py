@@ -72,6 +72,18 @@ def test_another_model_is_not_resumed(tmp_path: Path, first: Recipe) -> None:
         losa.compress(str(source), first, tmp_path / "out", resume=True)
 
 
+def test_a_model_that_is_stored_narrower_than_its_weights_goes_on(tmp_path: Path, first: Recipe) -> None:
+    """Its embeddings and norms are rounded with what was tuned, and are so when it goes on."""
+    source = save_tiny(tmp_path / "dense")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    losa.compress(str(source), first, tmp_path / "whole")
+    with killed_after(4):  # begun, trained, tuned, the dense model
+        losa.compress(str(source), first, tmp_path / "killed")
+    losa.compress(str(source), first, tmp_path / "killed", resume=True)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
 def test_its_learning_rate_can_be_searched(tmp_path: Path, llama: Path, first: Recipe) -> None:
     recipe = changed(first, learning_rate="auto", checkpoint_minutes=0.0, train_samples=16)
     losa.compress(str(llama), recipe, tmp_path / "whole")

@@ -164,19 +164,26 @@ def test_a_saved_mask_is_the_truth(llama: Path, tmp_path: Path, small: Recipe, r
 
 def test_masks_are_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     asked = []
 
     def download(repository: str, name: str) -> str:
         asked.append((repository, name))
-        if repository == "some/dense":
-            raise LocalEntryNotFoundError("none")
+        if repository != "some/model":
+            raise EntryNotFoundError("none") if repository == "some/dense" else LocalEntryNotFoundError("out of reach")
         return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert repair.folder_of("some/model") == tmp_path and repair.folder_of("some/dense") is None
     assert asked == [("some/model", "masks.safetensors"), ("some/dense", "masks.safetensors")]
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(
+        LosaError, match=r"the hub cannot be asked whether 'some/one' has masks\.safetensors: try again"
+    ):
+        repair.folder_of("some/one")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: huggingface_hub._CACHED_NO_EXIST)
+    assert repair.folder_of("some/one") is None
 
 
 @pytest.mark.parametrize("saves", range(1, 7))

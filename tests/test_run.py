@@ -12,9 +12,11 @@ import transformers
 from conftest import Killed, changed, files, save_tiny, tiny, tokenizer
 
 import losa
+from losa import model
 from losa import run as runs
 from losa.errors import LosaError
 from losa.inspection import inspect
+from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.repair_recipe import Repair
 
@@ -73,6 +75,24 @@ def test_overwriting_takes_only_what_losa_wrote(llama: Path, tmp_path: Path, bri
     assert inspect(tmp_path / "out")["recipe"]["seed"] == 1
 
 
+def test_a_folder_of_others_is_refused_at_a_glance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a home folder: what lies deeper in it is not looked at."""
+    (tmp_path / "notes" / "deep").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    seen: list[Path] = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: seen.append(Path(path)) or scan(path))
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: seen.append(Path(path)) or listed(path))
+    with pytest.raises(LosaError, match="is no run of losa"):
+        runs.check_output(tmp_path)
+    assert {*seen} == {tmp_path}
+    (tmp_path / "notes" / "deep").rmdir()
+    (tmp_path / "notes").rmdir()
+    (tmp_path / "run" / "lock").touch()
+    runs.check_output(tmp_path)  # what a kill at the beginning leaves
+
+
 def test_a_model_is_not_replaced_by_its_own_result(llama: Path, tmp_path: Path, brief: Recipe) -> None:
     losa.compress(str(llama), brief, tmp_path / "out")
     before = files(tmp_path / "out")
@@ -116,6 +136,27 @@ def test_a_run_is_resumed_wherever_its_model_lies(how: str, llama: Path, tmp_pat
             losa.compress(str(now), brief, tmp_path / "out", resume=True)
     else:
         assert losa.compress(str(now), brief, tmp_path / "out", resume=True).path
+
+
+def test_a_run_is_resumed_in_the_dtype_it_was_started_in(
+    llama: Path, tmp_path: Path, brief: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What auto came to then, whatever it would be on the machine of now; another device is said."""
+    auto, fast, out = changed(brief, dtype="auto", device="auto"), torch.float32, tmp_path / "out"
+    choose = model.choose_dtype
+    monkeypatch.setattr(model, "choose_dtype", lambda name, device: fast if name == "auto" else choose(name, device))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("losa.pipeline.recover_step", lambda *_: (_ for _ in ()).throw(Killed))
+        losa.compress(str(llama), auto, out)
+    fast = torch.bfloat16
+    with pytest.raises(LosaError, match="started in float32, this would be bfloat16: resume it with --dtype float32"):
+        losa.compress(str(llama), auto, out, resume=True)
+    kept = json.loads((out / "run" / "recipe.json").read_text())
+    kept["computed"]["device"] = "tpu"
+    (out / "run" / "recipe.json").write_text(json.dumps(kept))
+    losa.compress(str(llama), changed(auto, dtype="float32"), out, resume=True, progress=Progress())
+    assert "begun on tpu, resumed on " in capsys.readouterr().err
+    losa.compress(str(llama), auto, out, resume=True)  # finished: nothing is computed
 
 
 def test_rows_are_counted_once_the_data_are_read(llama: Path, tmp_path: Path, brief: Recipe) -> None:

@@ -22,6 +22,7 @@ from losa.errors import LosaError
 from losa.export import load_masks
 from losa.inspection import inspect
 from losa.model import find_blocks
+from losa.progress import Progress
 from losa.recipe import Recipe, load
 from losa.structure import find
 
@@ -231,6 +232,17 @@ def test_counts_are_rounded_down_and_one_always_stays(
     attention, mlp = 3 * 32 * 6 * (8 + 8 + 4 + 4), 3 * 3 * 32 * 48
     assert counted["weights"] == attention + mlp
     assert counted["kept"] == attention * left[0] // 4 + mlp * left[1] // 48
+
+
+def test_what_whole_heads_leave_undone_is_said(
+    structured: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fifth of four heads is none of them."""
+    plain = {"steps": 1, "recovery": "none", "sparsity": 0.2, "eval_data": "", "sample_tokens": 0}
+    losa.compress(grouped(), structured | plain, tmp_path / "out", tokenizer=tokenizer(), progress=Progress())
+    assert "step 1/1: sparsity 0.200 (0.200 to 0.200), 0.094 reached" in capsys.readouterr().err
+    made = json.loads((tmp_path / "out" / "losa.json").read_text())
+    assert made["recipe"]["sparsity"] == 0.2 and made["history"][0]["mean_sparsity"] == pytest.approx(9 / 96)
 
 
 # ----------------------------------------------------------------------------------------------------- steps, recovery

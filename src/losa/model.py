@@ -4,7 +4,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
@@ -114,7 +114,14 @@ class Subject:
 
     def round_block(self, block: Block) -> None:
         """Round the weights of `block` to what is stored: with no recovery to come, later blocks see what will be there."""
-        for parameter in block.module.parameters():
+        self._round(block.module.named_parameters(block.name))
+
+    def round(self) -> None:
+        """Round all weights to what is stored."""
+        self._round(self.model.named_parameters())
+
+    def _round(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        for _, parameter in parameters:
             parameter.data = parameter.data.to(self.stored).to(parameter.dtype)
 
     def merge(self) -> dict[str, torch.Tensor]:
@@ -123,8 +130,7 @@ class Subject:
         Returns the keep-masks, packed (`masks.pack`), by the linears' names.
         """
         bits = {name: mask for block in self.blocks for name, mask in self.merge_block(block).items()}
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(self.stored).to(parameter.dtype)
+        self.round()
         return bits
 
     def merge_block(self, block: Block) -> dict[str, torch.Tensor]:

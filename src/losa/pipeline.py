@@ -168,10 +168,12 @@ def _start(
         data.check_tokenizer(tokenizer, config.get_text_config().vocab_size)
     if teacher := recipe.teacher_model:
         check_vocabulary(model.load_tokenizer(teacher, model.load_config(teacher)), tokenizer, teacher)
-    run = Run(output, progress or Progress(quiet=True))
+    run, device = Run(output, progress or Progress(quiet=True)), device_of(recipe)
+    dtype = model.choose_dtype(recipe.dtype, device) if isinstance(source, str) else source.dtype
+    computed = {"dtype": str(dtype).removeprefix("torch."), "device": device.type}
     try:
         if resume:
-            run.resume(recipe, name)
+            run.resume(recipe, name, computed)
             if run.finished:
                 return finished(run, recipe, tokenizer)
         way = memory.choose(source, recipe, config, output is not None, run.from_disk)
@@ -183,7 +185,6 @@ def _start(
             settled = with_rows(recipe, len(inputs.examples))
         with run.phase("loading"):
             if way.from_disk:
-                dtype = model.choose_dtype(recipe.dtype, device_of(recipe))
                 subject = disk.OnDisk(disk.local(source), dtype).subject(tokenizer, name, recipe, config.dtype)
             else:
                 loaded = model.load(source, recipe) if isinstance(source, str) else source
@@ -193,7 +194,7 @@ def _start(
             distributed.check_alike(fingerprint(subject, inputs))
         go = begin(subject, settled, inputs)
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
-            run.start(recipe, name, overwrite, way.from_disk)
+            run.start(recipe, name, overwrite, way.from_disk, computed)
         run.log("machine", **usage.machine(device_of(recipe)), dtype=str(subject.model.dtype).removeprefix("torch."))
         if way.from_disk or way.spill:
             run.say(str(way))
@@ -302,6 +303,7 @@ def finetune(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> dict
         for block in subject.blocks:
             for name, linear in block.linears.items():
                 linear.weight.data.copy_(saved.tensors[name])
+        subject.round()  # as `merge` has left all that it did not train
         return dict(meta["measured"])
     run.save("finetuned", {}, meta)
     recovery, examples = MaskedLowRank(), [inputs.examples[row] for row in recipe.rows_of(0)]
@@ -573,8 +575,9 @@ def tell(run: Run, record: dict[str, Any], recipe: Recipe, seconds: float) -> No
     """One line and one log entry a step."""
     run.log("step", **record, seconds=round(seconds, 3))
     rates, ranks = record["rates"].values(), record["ranks"]
-    line = f"step {record['step']}/{recipe.steps}: sparsity {recipe.sparsity_at(record['step']):.3f}"
-    line += f" ({min(rates):.3f} to {max(rates):.3f})"
+    asked, found = (f"{rate:.3f}" for rate in (recipe.sparsity_at(record["step"]), record["mean_sparsity"]))
+    line = f"step {record['step']}/{recipe.steps}: sparsity {asked} ({min(rates):.3f} to {max(rates):.3f})"
+    line += f", {found} reached" if found != asked else ""  # whole heads, and few of them
     line += f", error {max(record['errors']):.3f} at worst" if record["errors"] else ""
     line += f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""
     run.say(f"{line}, {seconds:.0f} s")

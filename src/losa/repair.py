@@ -28,18 +28,28 @@ ACCIDENTAL = 0.01
 
 
 def folder_of(source: Any) -> Path | None:
-    """Where masks.safetensors lies beside the model `source` (a folder, a name on the hub, or loaded), None if nowhere."""
+    """Where masks.safetensors lies beside the model `source` (a folder, a name on the hub, or loaded), None if nowhere.
+
+    Raises LosaError where the hub does not say.
+    """
     if not isinstance(source, str | os.PathLike) or source == "demo":
         return None
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder if (folder / MASKS).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(str(source), MASKS)).parent
-    except EntryNotFoundError:  # there is none; out of reach: none in the cache
+    except LocalEntryNotFoundError:  # the hub is out of reach, and the file not in the cache
+        if try_to_load_from_cache(str(source), MASKS) is _CACHED_NO_EXIST:  # it was asked before
+            return None
+        raise LosaError(
+            f"the hub cannot be asked whether {str(source)!r} has {MASKS}: try again, or download it to a folder and "
+            "name that"
+        ) from None
+    except EntryNotFoundError:
         return None
     except HfHubHTTPError as error:
         raise LosaError(f"cannot ask the hub whether {source!r} has {MASKS}: {error}") from error

@@ -1,6 +1,6 @@
 """The run directory: what is saved when, atomically, so that a killed run goes on as if it had never stopped.
 
-DIR/run/recipe.json    what was asked, of which model, with which versions
+DIR/run/recipe.json    what was asked, of which model, with which versions, in which dtype it is computed
 DIR/run/log.jsonl      one line an event, as they came: started, machine, begins and phase (seconds and peak memory of a
                        part of the work), dense, samples, rates, pruned, update, step, finished ...
 DIR/run/files.json     what of DIR/* is losa's
@@ -67,8 +67,18 @@ class Run:
         self._early: list[str] | None = []  # what is to be logged once there is a folder
         self.from_disk: bool | None = None  # whether the model stays on disk, once it has been chosen
 
-    def start(self, recipe: Recipe, source: str, overwrite: bool = False, from_disk: bool = False) -> None:
-        """Begin in `output`. Raises LosaError if something is there that may not be replaced, or it cannot be written."""
+    def start(
+        self,
+        recipe: Recipe,
+        source: str,
+        overwrite: bool = False,
+        from_disk: bool = False,
+        computed: dict[str, str] | None = None,
+    ) -> None:
+        """Begin in `output`. computed: the dtype and the device type that the recipe's come to on this machine.
+
+        Raises LosaError if something is there that may not be replaced, or it cannot be written.
+        """
         if self.output is None or not self.writes:
             return
         asked = _asked(recipe, source)
@@ -77,15 +87,15 @@ class Run:
             self._take_lock()
             _remove(self.output)
             self.from_disk = from_disk
-            write_json(self.folder / "recipe.json", asked | {"from_disk": from_disk})
+            write_json(self.folder / "recipe.json", asked | {"from_disk": from_disk, "computed": computed or {}})
         self._begin_log("started", asked)
 
-    def resume(self, recipe: Recipe, source: str) -> None:
-        """Go on with what `output` holds. Raises LosaError if it holds no run, or one with other settings."""
+    def resume(self, recipe: Recipe, source: str, computed: dict[str, str] | None = None) -> None:
+        """Go on with what `output` holds. Raises LosaError if it holds no run, or one with other settings or in another dtype."""
         if self.output is None:
             raise LosaError("nothing to resume: name the output folder of the run")
         asked = _asked(recipe, source)
-        self._check_same(asked)
+        self._check_same(asked, computed or {})
         if not self.writes:
             return
         with writing(self.output):
@@ -103,7 +113,7 @@ class Run:
         assert self.output is not None
         return self.output / "run"
 
-    def _check_same(self, asked: dict[str, Any]) -> None:
+    def _check_same(self, asked: dict[str, Any], computed: dict[str, str]) -> None:
         assert self.output is not None
         kept = read_recipe(self.output)
         self.from_disk = kept["from_disk"]
@@ -112,10 +122,23 @@ class Run:
                 raise LosaError(
                     f"{self.output} was started with {name} {kept[name]}, not {asked[name]}: start a new run"
                 )
+        was, now = ({"dtype": "", "device": ""} | found for found in (kept["computed"], computed))
+        if was["dtype"] and now["dtype"] and not self.finished:
+            if was["dtype"] != now["dtype"]:
+                raise LosaError(
+                    f"{self.output} was started in {was['dtype']}, this would be {now['dtype']}: resume it with "
+                    f"--dtype {was['dtype']}"
+                )
+            if was["device"] != now["device"]:
+                self.say(f"begun on {was['device']}, resumed on {now['device']}: the two round differently")
         for name, value in asked["recipe"].items():
+            if name == "dtype" and was["dtype"] and was["dtype"] == now["dtype"]:
+                continue  # auto, and what it comes to
             if kept["recipe"].get(name) != value:
-                was = kept["recipe"].get(name)
-                raise LosaError(f"{self.output} was started with {name} = {was!r}, not {value!r}: resume it as it was")
+                before = kept["recipe"].get(name)
+                raise LosaError(
+                    f"{self.output} was started with {name} = {before!r}, not {value!r}: resume it as it was"
+                )
 
     def _take_lock(self) -> None:
         """The system frees it however the process ends."""
@@ -277,7 +300,8 @@ def read_recipe(output: Path) -> dict[str, Any]:
         if kept["format"] != FORMAT:
             raise LosaError(f"{path} is of format {kept['format']}, this losa reads {FORMAT}: start a new run")
         names = ("command", "source", "recipe", "versions")
-        return {"from_disk": kept.get("from_disk", False)} | {name: kept[name] for name in names}
+        added = {"from_disk": kept.get("from_disk", False), "computed": kept.get("computed", {})}
+        return added | {name: kept[name] for name in names}
     except (ValueError, KeyError, TypeError):
         raise LosaError(f"{path} is damaged: start a new run in another folder, or with --overwrite") from None
 
@@ -300,8 +324,11 @@ def _asked(recipe: Recipe, source: str) -> dict[str, Any]:
 
 def _hardly_begun(output: Path) -> bool:
     """Whether there is no more than what a run killed before its recipe was written leaves."""
-    left = {str(path.relative_to(output)) for path in output.rglob("*")}
-    return left <= {"run", "run/lock", "run/recipe.json.new"}
+    inside = list(output.iterdir())
+    if any(path.name != "run" for path in inside):  # perhaps a home folder: not to be gone through
+        return False
+    inside += [path for run in inside if run.is_dir() for path in run.iterdir()]
+    return {str(path.relative_to(output)) for path in inside} <= {"run", "run/lock", "run/recipe.json.new"}
 
 
 def _claimed(folder: Path) -> list[str]:

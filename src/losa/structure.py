@@ -125,6 +125,8 @@ def prune_block(
 ) -> None:
     """Prune floor(rate * count) of the key/value heads of `block`, and of its channels; one of each always stays.
 
+    Where heads are few, that is less than `rate` of its weights; the step's line says so.
+
     Channels see the block's inputs as they are before its heads go; true_sequential: after.
     """
     groups = find(block)

@@ -284,9 +284,13 @@ class Cells:
         if not (folder / "run" / "recipe.json").is_file():
             return False
         assert cell.recipe is not None
-        kept = read_recipe(folder)
+        kept, device = read_recipe(folder), model.choose_device(cell.recipe.device)
+        dtype = str(model.choose_dtype(cell.recipe.dtype, device)).removeprefix("torch.")
         return bool(
-            kept["recipe"] == cell.recipe.to_json() and kept["versions"] == versions() and kept["source"] == cell.source
+            kept["recipe"] == cell.recipe.to_json()
+            and kept["versions"] == versions()
+            and kept["source"] == cell.source
+            and kept["computed"].get("dtype", dtype) == dtype
         )
 
 
