@@ -121,6 +121,30 @@ def test_activations_alone_go_to_disk(llama: Path, tmp_path: Path, small: Recipe
     assert_same(tmp_path / "whole", tmp_path / "out")
 
 
+def is_kept(name: str) -> bool:
+    return "input_layernorm" in name or name == "model.norm.weight"
+
+
+def test_what_transformers_keeps_in_fp32_stays(
+    tmp_path: Path, one_shot: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of routers of some mixtures; here of norms in the blocks and behind them. In memory, from disk, as it is loaded."""
+    monkeypatch.setattr(
+        transformers.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["input_layernorm", "model.norm"]
+    )
+    source, exact = save_tiny(tmp_path / "dense", dtype=torch.bfloat16), tiny().state_dict()
+    dense = {n: exact[n] if is_kept(n) else weight for n, weight in weights(source).items()}
+    save_file(dense, source / "model.safetensors", {"format": "pt"})
+    whole = losa.compress(str(source), one_shot, tmp_path / "whole")
+    compress(source, one_shot, tmp_path / "out", DISK)
+    assert_same(tmp_path / "whole", tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for made in (weights(tmp_path / "out"), whole.model.state_dict(), loaded.state_dict()):
+        for name, weight in made.items():
+            assert weight.dtype == (torch.float32 if is_kept(name) else torch.bfloat16)
+            assert not is_kept(name) or torch.equal(weight, exact[name])
+
+
 def test_killed_and_resumed_is_never_killed(tmp_path: Path, one_shot: Recipe) -> None:
     """After each save: three of the dense pass and its end, rates, three blocks' masks."""
     source = save_tiny(tmp_path / "dense", "mixtral", torch.bfloat16)

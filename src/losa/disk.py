@@ -17,6 +17,7 @@ from losa import heap, model
 from losa.checkpoint import files_of, open_file
 from losa.model import Block, Subject
 from losa.recipe import Recipe
+from losa.sparse.linear import part_of
 
 
 class OnDisk:
@@ -119,7 +120,8 @@ class OnDisk:
         try:
             aliases = {alias for names in self._aliases.values() for alias in names}
             state = {name: t for name, t in self.model.state_dict().items() if not t.is_meta and name not in aliases}
-            yield {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+            wide = self.model._get_dtype_plan(dtype)  # these have come in fp32
+            yield {n: t.to(dtype) if t.is_floating_point() and not part_of(n, wide) else t for n, t in state.items()}
         finally:
             for name in outer:
                 self._leave(name)

@@ -20,7 +20,7 @@ from losa.errors import LosaError
 from losa.loading import STRUCTURED
 from losa.recipe import Recipe
 from losa.recipe_checks import TARGETS
-from losa.sparse.linear import PackedLinear
+from losa.sparse.linear import PackedLinear, part_of
 
 if TYPE_CHECKING:
     from losa.adapters import MaskedLinear
@@ -121,8 +121,13 @@ class Subject:
         self._round(self.model.named_parameters())
 
     def _round(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        for _, parameter in parameters:
-            parameter.data = parameter.data.to(self.stored).to(parameter.dtype)
+        for name, parameter in parameters:
+            parameter.data = self.narrowed(name, parameter.data).to(parameter.dtype)
+
+    def narrowed(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """`weight`, the model's `name`, in the type it is saved in: what transformers keeps in fp32 (routers) stays as it is."""
+        wide = part_of(name, self.model._get_dtype_plan(self.stored))
+        return weight if wide else weight.to(self.stored)
 
     def merge(self) -> dict[str, torch.Tensor]:
         """Put plain linears back, the adaptation merged and rounded to what is stored, every pruned weight zero.
@@ -147,10 +152,10 @@ class Subject:
 
     def narrow(self) -> None:
         """Hold the weights in the type they are saved in. Buffers (rotary frequencies) stay, as when a model is loaded."""
-        for module in self.model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if name == "bias" or not isinstance(module, PackedLinear):  # what is packed is so for good
-                    parameter.data = parameter.data.to(self.stored)
+        for prefix, module in self.model.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if name.endswith("bias") or not isinstance(module, PackedLinear):  # what is packed is so for good
+                    parameter.data = self.narrowed(name, parameter.data)
 
 
 def targeted(names: list[str], recipe: Recipe) -> set[str]:

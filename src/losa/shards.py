@@ -39,8 +39,8 @@ class Shards:
         widths = {name: linear.in_features for name, linear in block.linears.items()}
         kept = sum(int(masks.unpack(mask, widths[name]).count_nonzero()) for name, mask in bits.items())
         self.run.save(f"masks-{block.index:05}", bits, {"kept": kept, **meta})
-        for parameter in block.module.parameters():
-            parameter.data = parameter.data.to(self.subject.stored)
+        for name, parameter in block.module.named_parameters(block.name):
+            parameter.data = self.subject.narrowed(name, parameter.data)
         self._write(block.index, block.module.state_dict(prefix=f"{block.name}."))
 
     def write_rest(self) -> None:

@@ -1,7 +1,7 @@
 """The packed linear, put into a model before its weights are read, or in the place of a dense one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -192,6 +192,11 @@ STORED = {  # safetensors' names
 }
 
 
+def part_of(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter of that name is one of those that transformers names so."""
+    return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns)
+
+
 def settle(whole: Any, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
     """Give every dense parameter the type it should have. Raises LosaError for one of another shape.
 
@@ -206,7 +211,7 @@ def settle(whole: Any, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> N
         shape, dtype = expected[name]
         if parameter.shape != shape:
             raise LosaError(f"{name} is {list(parameter.shape)}, the model wants {list(shape)}")
-        if parameter.dtype != dtype and not any(re.search(rf"(^|\.){part}(\.|$)", name) for part in wide):
+        if parameter.dtype != dtype and not part_of(name, wide):
             parameter.data = parameter.data.to(dtype)
 
 
