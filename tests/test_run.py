@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import Killed, changed, files, save_tiny, tiny, tokenizer
+from safetensors.torch import load_file
 
 import losa
 from losa import model
@@ -181,6 +182,29 @@ def test_a_finished_run_clears_what_a_kill_left(llama: Path, tmp_path: Path, bri
     assert (tmp_path / "out" / "run" / "dense.safetensors").exists()
     losa.compress(str(llama), brief, tmp_path / "out", resume=True)
     assert not [path for path in os.listdir(tmp_path / "out" / "run") if path.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_another_type_than_the_stored_one_is_said(
+    stored: torch.dtype,
+    tmp_path: Path,
+    brief: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where auto is bfloat16; and what is said to keep the stored one does."""
+    choose = model.choose_dtype
+    monkeypatch.setattr(
+        model, "choose_dtype", lambda name, device: choose("bfloat16" if name == "auto" else name, device)
+    )
+    source = save_tiny(tmp_path / "dense", dtype=stored)
+    for dtype, saved in (("auto", torch.bfloat16), ("float32", stored)):
+        recipe = changed(brief, dtype=dtype, recovery="none")
+        losa.compress(str(source), recipe, tmp_path / dtype, progress=Progress())
+        kind = str(stored).removeprefix("torch.")
+        said = f"stored in {kind}, computed and saved in bfloat16: --dtype float32 keeps what is stored"
+        assert (said in capsys.readouterr().err) == (saved != stored)
+        assert {t.dtype for t in load_file(tmp_path / dtype / "model.safetensors").values()} == {saved}
 
 
 def test_the_result_in_memory_is_the_saved_one_whatever_it_computed_in(tmp_path: Path, brief: Recipe) -> None:

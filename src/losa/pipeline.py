@@ -196,6 +196,9 @@ def _start(
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
             run.start(recipe, name, overwrite, way.from_disk, computed)
         run.log("machine", **usage.machine(device_of(recipe)), dtype=str(subject.model.dtype).removeprefix("torch."))
+        if isinstance(source, str) and recipe.dtype == "auto" and config.dtype not in (None, subject.stored):
+            was, now = (str(of).removeprefix("torch.") for of in (config.dtype, subject.stored))
+            run.say(f"stored in {was}, computed and saved in {now}: --dtype float32 keeps what is stored")
         if way.from_disk or way.spill:
             run.say(str(way))
         return go(run)
