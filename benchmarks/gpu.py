@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from losa import speed
 from losa.errors import LosaError
 from losa.sparse import gpu, kernels, reference
 from losa.sparse.packed import DTYPES, Packed, pack, unpack
@@ -90,16 +91,7 @@ def captured(calls: Calls) -> Callable[[], float]:
 
 def in_turns(opponents: dict[str, Calls], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of one product of each, in every round; the first two rounds are thrown away."""
-    timers = {who: captured(calls) for who, calls in opponents.items()}
-    times: dict[str, list[float]] = {who: [] for who in opponents}
-    order = list(timers)
-    for turn in range(-2, rounds):
-        for who in order:
-            took = timers[who]()
-            if turn >= 0:
-                times[who].append(took)
-        order = order[1:] + order[:1]
-    return times
+    return speed.in_turns({who: captured(calls) for who, calls in opponents.items()}, rounds, before=2)
 
 
 def compare(out: int, columns: int, sparsity: float, args: argparse.Namespace, rows: int, values: str) -> None:

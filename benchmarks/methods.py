@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+WINDOW = 512  # tokens: the built-in model's
 RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = range(5)
 COMPARED = ("wanda", "sparsegpt")  # the pruners of the paper's comparison
@@ -146,7 +147,7 @@ def run(settings: dict[str, Any], names: str) -> dict[str, Any]:
         }
         whole = model.load_whole(str(Path(folder) / "run"), chosen)
     tokens, dense = held_out(text, count)
-    return {"dense": dense, "perplexity": evaluate.perplexity(whole, tokens, 512), **found}
+    return {"dense": dense, "perplexity": evaluate.perplexity(whole, tokens, WINDOW), **found}
 
 
 @functools.cache
@@ -154,8 +155,8 @@ def held_out(text: str, count: int) -> tuple[Any, float]:
     """The tokens to measure on, and the dense model's perplexity on them."""
     from losa import data, evaluate, model, recipe
 
-    tokens = data.evaluation_tokens(text, model.load_tokenizer("demo", model.load_config("demo")), 512, count)
-    return tokens, evaluate.perplexity(model.load("demo", recipe.load("demo", {})), tokens, 512)
+    tokens = data.evaluation_tokens(text, model.load_tokenizer("demo", model.load_config("demo")), WINDOW, count)
+    return tokens, evaluate.perplexity(model.load("demo", recipe.load("demo", {})), tokens, WINDOW)
 
 
 def tables(path: Path) -> dict[str, str]:

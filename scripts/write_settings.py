@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import losa
+from losa.recipe import default_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 HEAD = """# All settings
@@ -32,7 +33,7 @@ def page() -> str:
     """The page, as it should be."""
     lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(losa.Recipe):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = default_of(field)
         shown = "" if default in (None, "", [], {}) else f"`{default}`"
         meaning = field.metadata["doc"].replace("|", "\\|")
         lines.append(f"| `--{field.name.replace('_', '-')}` | {kind_of(field.type)} | {shown} | {meaning} |")

@@ -27,11 +27,15 @@ def wheel(built: Path) -> Path:
     return found
 
 
-def test_wheel_holds_every_file(wheel: Path) -> None:
-    listed = subprocess.run(["git", "ls-files", "src/losa"], cwd=ROOT, capture_output=True, text=True)
+def tracked(folder: str) -> list[str]:
+    listed = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    ours = {name.removeprefix("src/") for name in listed.stdout.splitlines()}
+    return listed.stdout.splitlines()
+
+
+def test_wheel_holds_every_file(wheel: Path) -> None:
+    ours = {name.removeprefix("src/") for name in tracked("src/losa")}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert "losa/py.typed" in ours
@@ -39,13 +43,10 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
 
 
 def test_sdist_holds_what_its_tests_need(built: Path) -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
-        pytest.skip("not a git checkout")
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {name for name in tracked.stdout.splitlines() if not name.startswith((".ci/", ".gitignore"))} <= names
+    assert {name for name in tracked(".") if not name.startswith((".ci/", ".gitignore"))} <= names
 
 
 def test_wheel_runs_alone(wheel: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from losa.registry import unknown
 from losa.sparse import cpu, kernels, native, reference
 from losa.sparse.packed import DTYPES, PAD, Packed, pack, unpack
 from losa.sparse.pages import Pages
+from losa.units import dtype_name
 
 DRAWN = 8
 CACHES = 4  # times the last-level cache, so much of distinct matrices
@@ -103,8 +104,8 @@ def _compare(
         "shape": f"{out}x{columns}",
         "sparsity": sparsity,
         "kept": packs[0].kept / (out * columns),
-        "values": _name(values),
-        "activations": _name(dtype),
+        "values": dtype_name(values),
+        "activations": dtype_name(dtype),
         "rows": rows,
         "threads": torch.get_num_threads(),
         "processor": processor(),
@@ -131,10 +132,6 @@ def _compare(
     found["fastest_reader"] = min(shares, key=lambda who: shares[who])
     found["share_of_read_bandwidth"] = round(shares[found["fastest_reader"]], 3)
     return found
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """The command line: flags made from the recipe. What the commands do is in commands.py."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -234,7 +233,7 @@ def _add_settings(parser: argparse.ArgumentParser, hidden: Sequence[str] = ()) -
         kinds = [part for part in get_args(field.type) if part is not NoneType]
         optional = len(kinds) < len(get_args(field.type))
         kind = kinds[0] if optional else get_origin(field.type) or field.type
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = recipe.default_of(field)
         options: dict[str, Any] = {"help": field.metadata["doc"].replace("%", "%%"), "dest": f"set_{name}"}
         if default not in ("", [], {}, None):
             options["help"] += f" (default: {default})"

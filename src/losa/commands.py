@@ -81,7 +81,8 @@ def _print_result(output: Path, loads: str | None) -> None:
     told = story.read(output)
     table = verdict_table([("", row, False) for row in told.verdict()], several=False, sampled=told.sampled)
     print_table([table["columns"], *(row["cells"] for row in table["rows"])])
-    print(f"{duration(told.seconds)}{', ' * bool(peaks(told))}{peaks(told)}; losa report {output} shows what happened")
+    took = ", ".join(filter(None, (duration(told.seconds), peaks(told))))
+    print(f"{took}; losa report {output} shows what happened")
     print(f"saved in {output}" + (f"; loads in {loads}" if loads else ""))
 
 

@@ -58,16 +58,15 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     if output and not resume:
         _check_apart(recipe, output.resolve())
     config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
+    name = source if isinstance(source, str) else type(source).__name__
     for given in (source, *([recipe.teacher_model] if recipe.teacher_model else [])):
         model.refuse_adapters(given)
     _check_range(source, recipe)
     if layouts_in(config) is not None:
-        name = source if isinstance(source, str) else type(source).__name__
         raise LosaError(
             f"{name} is packed: losa export DIR --output NEW --format dense makes it one that can be pruned"
         )
     if method := quantised(config):
-        name = source if isinstance(source, str) else type(source).__name__
         raise LosaError(
             f"{name} is quantised ({method}): name the model it was made from, and quantise what losa makes"
         )

@@ -13,6 +13,7 @@ from losa.recipe import Recipe, from_settings
 from losa.recovery.low_rank import MaskedLowRank
 from losa.run import FORMAT, read_recipe
 from losa.sparse.linear import layouts_in
+from losa.units import dtype_name
 
 
 def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     return {
         "model": type(skeleton).__name__,
         "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "parameters": parameters,
         "blocks": len(blocks),
         "prunable": weights,

@@ -48,8 +48,8 @@ class Way:
 def choose(source: Any, recipe: Recipe, config: Any, saves: bool = True, from_disk: bool | None = None) -> Way:
     """The first way that fits into `recipe.memory`, or into what is free; of the model in memory first, activations too.
 
-    Where none fits into what is free, the one that takes least: it may do, as all this is "about". saves: whether there is a folder for what does not fit. from_disk: what a run that is resumed has chosen. Raises
-    LosaError where `recipe.memory` is set and nothing fits, with what would, and where the way that was chosen is closed.
+    Where none fits into what is free, the one that takes least: it may do, as all this is "about". saves: whether there is
+    a folder for what does not fit. from_disk: what a run that is resumed has chosen. Raises LosaError where `recipe.memory` is set and nothing fits, with what would, and where the way that was chosen is closed.
     """
     whole = model.skeleton(config) if isinstance(source, str) else source
     reason = reason_for_memory(source, recipe, config, saves)

@@ -21,6 +21,7 @@ from losa.loading import STRUCTURED
 from losa.recipe import Recipe
 from losa.recipe_checks import TARGETS
 from losa.sparse.linear import PackedLinear, part_of
+from losa.units import dtype_name
 
 if TYPE_CHECKING:
     from losa.adapters import MaskedLinear
@@ -369,7 +370,7 @@ def config_of(loaded: Any, recipe: Recipe) -> Any:
     head = getattr(loaded, "get_output_embeddings", None)
     if not isinstance(loaded, nn.Module) or head is None or head() is None or not hasattr(loaded, "config"):
         raise LosaError(f"{type(loaded).__name__} is no causal language model of transformers: it is not supported")
-    if recipe.dtype not in ("auto", str(loaded.dtype).removeprefix("torch.")):
+    if recipe.dtype not in ("auto", dtype_name(loaded.dtype)):
         raise LosaError(
             f"dtype {recipe.dtype}: a loaded model is computed in its own type ({loaded.dtype}): convert it first"
         )
@@ -431,10 +432,9 @@ def load_whole(source: str, recipe: Recipe) -> Any:
     """
     loaded = load(source, recipe)
     place = locate(source)
-    config, weights = (_beside(source, f"{ADAPTER}/{n}") for n in ("adapter_config.json", "adapter_model.safetensors"))
-    if config is None:
+    if _beside(source, f"{ADAPTER}/adapter_config.json") is None:
         return loaded
-    if weights is None:  # PEFT would look for a pickle
+    if _beside(source, f"{ADAPTER}/adapter_model.safetensors") is None:  # PEFT would look for a pickle
         raise LosaError(f"{source!r} has an adapter beside it without adapter_model.safetensors: losa loads no pickles")
     if find_spec("peft") is None:
         raise LosaError(f"{source!r} has an adapter beside it, which needs PEFT: pip install peft")

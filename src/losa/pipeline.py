@@ -46,6 +46,7 @@ from losa.recovery.reconstruction import reconstruct, sequences, target_of
 from losa.run import Run, code, versions
 from losa.shrink import OURS, PLAIN, shrink
 from losa.sparse.linear import pack_model
+from losa.units import dtype_name
 
 
 @dataclass
@@ -170,7 +171,7 @@ def _start(
         check_vocabulary(model.load_tokenizer(teacher, model.load_config(teacher)), tokenizer, teacher)
     run, device = Run(output, progress or Progress(quiet=True)), device_of(recipe)
     dtype = model.choose_dtype(recipe.dtype, device) if isinstance(source, str) else source.dtype
-    computed = {"dtype": str(dtype).removeprefix("torch."), "device": device.type}
+    computed = {"dtype": dtype_name(dtype), "device": device.type}
     try:
         if resume:
             run.resume(recipe, name, computed)
@@ -195,9 +196,9 @@ def _start(
         go = begin(subject, settled, inputs)
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
             run.start(recipe, name, overwrite, way.from_disk, computed)
-        run.log("machine", **usage.machine(device_of(recipe)), dtype=str(subject.model.dtype).removeprefix("torch."))
+        run.log("machine", **usage.machine(device_of(recipe)), dtype=dtype_name(subject.model.dtype))
         if isinstance(source, str) and recipe.dtype == "auto" and config.dtype not in (None, subject.stored):
-            was, now = (str(of).removeprefix("torch.") for of in (config.dtype, subject.stored))
+            was, now = map(dtype_name, (config.dtype, subject.stored))
             run.say(f"stored in {was}, computed and saved in {now}: --dtype float32 keeps what is stored")
         if way.from_disk or way.spill:
             run.say(str(way))

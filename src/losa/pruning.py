@@ -13,6 +13,7 @@ from losa.errors import LosaError
 from losa.model import Block
 from losa.patterns import Amount
 from losa.pruners.base import Pruner, Statistic, StructuredPruner
+from losa.units import dtype_name
 
 
 @torch.no_grad()
@@ -121,8 +122,9 @@ def reconstruction_error(name: str, dense: Tensor, pruned: Tensor) -> float:
     alive = norm > 1e-30
     found = float((error[alive] / norm[alive]).mean()) if alive.any() else 0.0
     if not math.isfinite(found):
-        dtype = str(pruned.dtype).removeprefix("torch.")
-        raise LosaError(f"{name} puts out NaN or infinity in {dtype}: use --dtype float32, or another pruner")
+        raise LosaError(
+            f"{name} puts out NaN or infinity in {dtype_name(pruned.dtype)}: use --dtype float32, or another pruner"
+        )
     return found
 
 

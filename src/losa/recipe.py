@@ -31,6 +31,11 @@ def setting(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
 
+def default_of(field: Any) -> Any:
+    """The default of a field of the recipe, of its own where it can be changed."""
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is compressed. Constants are the paper's (section 3.1 and its code) where it has them."""

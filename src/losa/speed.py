@@ -106,12 +106,11 @@ def _load(source: str, settings: Recipe) -> Any:
 
 
 @torch.no_grad()
-def in_turns(takes: Mapping[T, Callable[[], float]], rounds: int) -> dict[T, list[float]]:
-    """The seconds that each says it took, in every round; who begins changes from round to round, and the one before the
-    first is thrown away."""
+def in_turns(takes: Mapping[T, Callable[[], float]], rounds: int, before: int = 1) -> dict[T, list[float]]:
+    """What each says it took, in every round; who begins changes from round to round. So many `before` are thrown away."""
     seconds: dict[T, list[float]] = {who: [] for who in takes}
     order = list(takes)
-    for turn in range(-1, rounds):
+    for turn in range(-before, rounds):
         for who in order:
             took = takes[who]()
             if turn >= 0:

@@ -1,4 +1,9 @@
-"""Numbers for people."""
+"""Numbers and types for people."""
+
+
+def dtype_name(dtype: object) -> str:
+    """bfloat16, of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def size(count: float) -> str:

@@ -24,8 +24,9 @@ from losa.errors import LosaError
 from losa.experiments import latency
 from losa.experiments.tables import Place, Settings, Table
 from losa.progress import Progress
-from losa.recipe import Recipe
+from losa.recipe import Recipe, default_of
 from losa.run import read_recipe, versions, write_json, writing
+from losa.units import dtype_name
 
 # Where a cell runs, and how carefully, does not change what comes out.
 ELSEWHERE = ("device", "memory", "checkpoint_minutes")
@@ -138,7 +139,7 @@ def key_of(made: Recipe, kind: str, about: dict[str, str]) -> str:
 def decisive(settings: Settings) -> Settings:
     """What counts of a recipe's settings: those with another value than the default, so that a new setting of a later
     losa changes no key. A default that has changed is found out by what is kept beside the result (`Cells.read`)."""
-    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(Recipe)}
+    defaults = {f.name: default_of(f) for f in fields(Recipe)}
     return {n: v for n, v in settings.items() if n not in ELSEWHERE and (n not in defaults or v != defaults[n])}
 
 
@@ -285,7 +286,7 @@ class Cells:
             return False
         assert cell.recipe is not None
         kept, device = read_recipe(folder), model.choose_device(cell.recipe.device)
-        dtype = str(model.choose_dtype(cell.recipe.dtype, device)).removeprefix("torch.")
+        dtype = dtype_name(model.choose_dtype(cell.recipe.dtype, device))
         return bool(
             kept["recipe"] == cell.recipe.to_json()
             and kept["versions"] == versions()

@@ -24,6 +24,7 @@ from losa.errors import LosaError
 from losa.recipe import Recipe
 from losa.sparse import decoding
 from losa.sparse.linear import layouts_in, pack_model, unpack_model
+from losa.units import dtype_name
 from losa.usage import machine
 
 PROMPT, NEW, ROUNDS = 16, 16, 7  # tokens read at once, tokens then decoded one by one, turns
@@ -102,7 +103,7 @@ def measure(source: str, recipe: Recipe) -> dict[str, Any]:
         / sum(p.in_features * p.out_features for p in packed.values()),
         "machine": machine(dense.device) | {"processor": bench.processor()},
         "clock": "processor" if speed.alone(dense.device) else "wall",
-        "dtype": str(dense.dtype).removeprefix("torch."),
+        "dtype": dtype_name(dense.dtype),
     }
 
 

@@ -14,6 +14,7 @@ from losa.patterns import NM
 from losa.registry import unknown
 from losa.sparse import kernels
 from losa.sparse.packed import DTYPES, SUFFIXES, VERSION, Layout, Packed, check, pack, unpack
+from losa.units import dtype_name
 from losa.widths import named
 
 
@@ -98,7 +99,7 @@ def describe(layouts: dict[str, Layout]) -> dict[str, Any]:
     return {
         "quant_method": PACKED,
         "format_version": VERSION,
-        "values": str(values).removeprefix("torch."),
+        "values": dtype_name(values),
         "linears": {name: layout.to_json() for name, layout in layouts.items()},
     }
 

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from losa import masks
 from losa.errors import LosaError
 from losa.patterns import NM
+from losa.units import dtype_name
 
 VERSION = 1
 PAD = 64  # zeros behind the last value, so that a vector load that begins at a kept value ends inside the tensor
 GROUP = 256  # columns of a row that share an int8 scale
 MOST = 2**31  # kept values, which offsets of 32 bits do not reach
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, torch.int8)}
+DTYPES = {dtype_name(dtype): dtype for dtype in (*FLOATS, torch.int8)}
 SUFFIXES = ("weight", "weight_mask", "weight_offsets", "weight_scales")
 
 
