@@ -180,8 +180,8 @@ class Ours:
 
     def __init__(self, args: argparse.Namespace) -> None:
         from losa import pipeline
+        from losa.blocks import subject_of
         from losa.inputs import Inputs
-        from losa.model import subject_of
         from losa.progress import Progress
         from losa.recipe import from_settings
         from losa.run import Run

@@ -19,8 +19,8 @@ import transformers
 from losa import evidence, registry
 from losa.adapters import MaskedLinear
 from losa.allocators.base import Evidence
+from losa.blocks import Subject, find_blocks
 from losa.calibration import Stream
-from losa.model import Subject, find_blocks
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.run import Run

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import losa
 from losa import calibration, experts, inputs, masks, model
 from losa.adapters import MaskedLinear
+from losa.blocks import Subject, find_blocks, prunable, targeted
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.inspection import inspect, plan
@@ -43,14 +44,14 @@ WEIGHTS = {
 def adapted(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     """By linear, whether its adapter had moved when the model was merged."""
     moved: dict[str, bool] = {}
-    merge = model.Subject.merge
+    merge = Subject.merge
 
-    def spy(subject: model.Subject) -> Any:
+    def spy(subject: Subject) -> Any:
         for block in subject.blocks:
             moved.update({name: bool(linear.lora_B.any()) for name, linear in block.masked.items()})
         return merge(subject)
 
-    monkeypatch.setattr(model.Subject, "merge", spy)
+    monkeypatch.setattr(Subject, "merge", spy)
     return moved
 
 
@@ -71,7 +72,7 @@ def test_two_steps_with_recovery_save_and_load(
     )
 
     bits = load_masks(tmp_path / "out")
-    linears = {name: linear for block in model.find_blocks(loaded) for name, linear in block.linears.items()}
+    linears = {name: linear for block in find_blocks(loaded) for name, linear in block.linears.items()}
     assert set(bits) == set(linears) == set(adapted)
     for name, linear in linears.items():
         mask = masks.unpack(bits[name], linear.in_features)
@@ -93,7 +94,7 @@ def test_two_steps_with_recovery_save_and_load(
 def test_n_of_m_in_one_step(kind: str, small: Recipe) -> None:
     recipe = changed(small, pattern="2:4", sparsity=0.5, steps=1, recovery="none", eval_data="", pruner="sparsegpt")
     result = losa.compress(tiny(kind), recipe, tokenizer=tokenizer())
-    for block in model.find_blocks(result.model):
+    for block in find_blocks(result.model):
         for linear in block.linears.values():
             assert (linear.weight.reshape(-1, 4).count_nonzero(dim=1) <= 2).all()
     assert result.measurements["sparse"]["kept"] == WEIGHTS[kind] / 2
@@ -136,7 +137,7 @@ def test_gradients_through_split_experts_are_those_of_the_whole() -> None:
 
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_routers_stay_dense(kind: str) -> None:
-    names = [name for block in model.find_blocks(tiny(kind)) for name in block.linears]
+    names = [name for block in find_blocks(tiny(kind)) for name in block.linears]
     assert not any(name.endswith("mlp.gate") for name in names)
 
 
@@ -144,7 +145,7 @@ def test_routers_that_are_linears_stay_dense() -> None:
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
     sizes = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
     config = transformers.Qwen2MoeConfig(**settings, **sizes, num_experts_per_tok=2, num_key_value_heads=2)
-    block = model.find_blocks(transformers.Qwen2MoeForCausalLM(config))[0]
+    block = find_blocks(transformers.Qwen2MoeForCausalLM(config))[0]
     assert len(block.linears) == 4 + 3 + 2 * 4  # attention, shared expert, experts
     assert not any("shared_expert_gate" in name for name in block.linears)
 
@@ -204,7 +205,7 @@ def test_experts_are_pruned_with_the_tokens_that_reach_them(
     tokens = torch.randint(1, 2048, (12, 10), generator=torch.Generator().manual_seed(0))
     whole, subject = tiny("qwen3_moe"), tiny("qwen3_moe")
     experts.split(subject)
-    block = model.find_blocks(subject)[0]
+    block = find_blocks(subject)[0]
     for name, linear in block.linears.items():
         block.linears[name] = MaskedLinear(linear, 0, 1.0)
         subject.set_submodule(name, block.linears[name])
@@ -242,7 +243,7 @@ def test_every_expert_can_have_a_rate_of_its_own(allocator: str, small: Recipe) 
     result = losa.compress(shut(tiny("mixtral"), 1), recipe, tokenizer=tokenizer())
     rates = result.history[0]["rates"]
     assert len(rates) == 3 * (4 + 2 * 4) and len(set(rates.values())) > 3
-    for block in model.find_blocks(result.model):
+    for block in find_blocks(result.model):
         for name, linear in block.linears.items():
             assert int((linear.weight == 0).sum()) == linear.out_features * int(rates[name] * linear.in_features + 1e-9)
 
@@ -290,7 +291,7 @@ def test_bf16_experts_stay_so_on_disk(tmp_path: Path, small: Recipe) -> None:
 def refused(config: Any, recipe: Recipe, tmp_path: Path, what: str) -> None:
     """By name before anything runs: from a configuration alone, and for a loaded model, which is left as it was."""
     with pytest.raises(LosaError, match=what):
-        model.prunable(model.skeleton(config), recipe)
+        prunable(model.skeleton(config), recipe)
     loaded = transformers.AutoModelForCausalLM.from_config(config)
     names = [name for name, _ in loaded.named_parameters()]
     with pytest.raises(LosaError, match=what):
@@ -305,7 +306,7 @@ def test_experts_in_a_form_that_is_not_known_are_refused(tmp_path: Path, small: 
     transposed = transformers.GptOssConfig(**sizes, **experts_of, pad_token_id=0)
     what = r"model\.layers\.0\.mlp\.experts\.gate_up_proj \[4, 32, 32\] is neither an nn.Linear nor experts"
     refused(transposed, small, tmp_path, what)
-    blocks = model.prunable(model.skeleton(transposed), changed(small, ignore=["experts"]))
+    blocks = prunable(model.skeleton(transposed), changed(small, ignore=["experts"]))
     assert [len(block.linears) for block in blocks] == [4, 4]
 
     jetmoe = transformers.JetMoeConfig(**sizes, num_local_experts=4, intermediate_size=16, kv_channels=8)
@@ -314,7 +315,7 @@ def test_experts_in_a_form_that_is_not_known_are_refused(tmp_path: Path, small: 
     flat = tiny("llama")  # all experts in one matrix
     flat.model.layers[1].mlp.register_parameter("w1", nn.Parameter(torch.zeros(4 * 16, 32)))
     with pytest.raises(LosaError, match=r"layers\.1\.mlp\.w1 \[64, 32\] is neither"):
-        model.find_blocks(flat)
+        find_blocks(flat)
 
 
 def test_a_width_that_n_of_m_does_not_divide_is_refused_by_the_expert_s_name(tmp_path: Path, small: Recipe) -> None:
@@ -334,8 +335,8 @@ def test_a_pair_kept_apart_has_nowhere_to_go_on_experts(tmp_path: Path, small: R
     [("phi3", "qkvo", 2), ("falcon", "qkvo", 2), ("gpt_neox", "qkvo", 2), ("mixtral", "qv", 2)],
 )
 def test_targets_know_fused_attention(kind: str, targets: str, count: int, small: Recipe) -> None:
-    names = list(model.find_blocks(tiny(kind))[0].linears)
-    wanted = model.targeted(names, changed(small, targets=targets))
+    names = list(find_blocks(tiny(kind))[0].linears)
+    wanted = targeted(names, changed(small, targets=targets))
     assert len(wanted) == count and all("attn" in name or "attention" in name for name in wanted)
 
 

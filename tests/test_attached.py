@@ -15,9 +15,9 @@ from torch import Tensor
 import losa
 from losa import masks, registry
 from losa.attached import AttachedLinear
+from losa.blocks import find_blocks
 from losa.errors import LosaError
 from losa.export import load_masks
-from losa.model import find_blocks
 
 ROWS = torch.randint(2, 2000, (32, 24), generator=torch.Generator().manual_seed(0))
 METHODS = {name: registry.get("recovery", name) for name in sorted(registry.RECOVERIES)}

@@ -10,9 +10,9 @@ from conftest import ARCHITECTURES, MODELS, tiny
 from torch import Tensor
 
 from losa import calibration, experts
+from losa.blocks import Block, find_blocks
 from losa.calibration import Stream
 from losa.errors import LosaError
-from losa.model import Block, find_blocks
 
 TOKENS = torch.randint(1, 2048, (7, 20), generator=torch.Generator().manual_seed(1))
 

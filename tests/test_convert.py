@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_packed_linear import prune, tensors
 
 from losa import checkpoint, compress, masks
+from losa.blocks import find_blocks
 from losa.cli import main
 from losa.errors import LosaError
 from losa.export import load_masks
@@ -257,7 +258,7 @@ def test_demo_model_int8_perplexity(tmp_path: Path) -> None:
 
     whole = model.load("demo", Recipe(dtype="bfloat16", device="cpu"))
     bits = {}
-    for block in model.find_blocks(whole):
+    for block in find_blocks(whole):
         for name, linear in block.linears.items():
             mask = masks.choose(linear.weight.abs(), None, 0.6, "row")
             linear.weight.data.masked_fill_(~mask, 0)

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 import losa
 from losa import data
+from losa.blocks import Subject, find_blocks
 from losa.errors import LosaError
 from losa.inputs import Inputs
 from losa.inspection import plan
-from losa.model import Subject, find_blocks
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.recovery import distillation

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import losa
 from losa import pipeline
+from losa.blocks import find_blocks
 from losa.cli import main
 from losa.errors import LosaError
-from losa.model import find_blocks
 from losa.recipe import Recipe, load
 from losa.recovery.low_rank import MaskedLowRank
 

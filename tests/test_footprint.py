@@ -14,15 +14,16 @@ from torch import Tensor, nn
 import losa
 from losa import inputs, inspection, memory, model
 from losa.adapters import MaskedLinear
+from losa.blocks import Subject, subject_of
 from losa.errors import LosaError
 from losa.recipe import Recipe
 from losa.recovery import footprint
 from losa.recovery.training import next_token_loss
 
 
-def adapted(kind: str, dtype: torch.dtype = torch.float32) -> tuple[model.Subject, dict[str, nn.Parameter]]:
+def adapted(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Subject, dict[str, nn.Parameter]]:
     """A pruned model with pairs that matter, and these."""
-    subject = model.subject_of(tiny(kind).to(dtype), tokenizer(), kind, Recipe())
+    subject = subject_of(tiny(kind).to(dtype), tokenizer(), kind, Recipe())
     subject.wrap(MaskedLinear, Recipe(), 4)
     generator = torch.Generator().manual_seed(0)
     pairs = {}

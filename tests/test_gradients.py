@@ -15,11 +15,11 @@ from torch import Tensor
 import losa
 from losa import experts, masks, pipeline
 from losa.adapters import MaskedLinear
+from losa.blocks import find_blocks
 from losa.data import calibration_tokens
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.gradients import Backward
-from losa.model import find_blocks
 from losa.patterns import NM
 from losa.pruners.pruner_zero import PrunerZero, SquaredGradients
 from losa.recipe import Recipe

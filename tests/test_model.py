@@ -11,6 +11,7 @@ from conftest import MODELS, save_tiny, tiny, tokenizer
 from torch import nn
 
 from losa import model
+from losa.blocks import find_blocks, subject_of
 from losa.errors import LosaError
 from losa.inputs import check
 from losa.pipeline import compress
@@ -20,7 +21,7 @@ from losa.recipe import Recipe
 @pytest.mark.parametrize("kind", MODELS)
 def test_blocks_hold_every_linear_of_the_decoder_and_nothing_else(kind: str) -> None:
     whole = tiny(kind)
-    blocks = model.find_blocks(whole)
+    blocks = find_blocks(whole)
     assert [block.index for block in blocks] == [0, 1, 2]
     found = {name for block in blocks for name in block.linears}
     layers = blocks[0].name.rpartition(".")[0] + "."
@@ -30,25 +31,25 @@ def test_blocks_hold_every_linear_of_the_decoder_and_nothing_else(kind: str) -> 
 
 
 def test_ignored_linears_are_not_prunable_and_their_blocks_stay_in_line() -> None:
-    blocks = model.find_blocks(tiny(), [r"layers\.1\.", r"down_proj$"])
+    blocks = find_blocks(tiny(), [r"layers\.1\.", r"down_proj$"])
     assert [len(block.linears) for block in blocks] == [6, 0, 6]
 
 
 def test_ignoring_everything_is_refused() -> None:
     with pytest.raises(LosaError, match="leaves no linear"):
-        model.find_blocks(tiny(), [".*"])
+        find_blocks(tiny(), [".*"])
 
 
 def test_a_model_without_linear_layers_is_refused_by_name() -> None:
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64))
     with pytest.raises(LosaError, match="GPT2LMHeadModel has no decoder blocks"):
-        model.find_blocks(gpt2)
+        find_blocks(gpt2)
     with pytest.raises(LosaError, match="Sequential has no Linear layers"):
-        model.find_blocks(nn.Sequential(nn.ReLU()))
+        find_blocks(nn.Sequential(nn.ReLU()))
 
 
 def test_targets_that_match_nothing_are_refused(small: Recipe) -> None:
-    subject = model.subject_of(tiny("opt"), tokenizer(), "opt", small)
+    subject = subject_of(tiny("opt"), tokenizer(), "opt", small)
     chosen = Recipe(**{**small.to_json(), "targets": "gate_proj"})
     from losa.adapters import MaskedLinear
 

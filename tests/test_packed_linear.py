@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from losa import masks, model
+from losa.blocks import find_blocks
 from losa.errors import LosaError
 from losa.recipe import Recipe
 from losa.sparse.linear import PackedLinear, layouts_in, pack_model, unpack_model
@@ -30,7 +31,7 @@ def prune(whole: Any, share: float = 0.4) -> dict[str, torch.Tensor]:
     """Random masks on the linears of the blocks, applied; packed, by name. Experts are left alone."""
     generator = torch.Generator().manual_seed(1)
     bits = {}
-    for block in model.find_blocks(whole):
+    for block in find_blocks(whole):
         for name in block.linears:
             try:
                 weight = whole.get_submodule(name).weight

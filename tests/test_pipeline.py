@@ -15,11 +15,11 @@ from torch import Tensor
 
 import losa
 from losa import masks, pipeline
+from losa.blocks import find_blocks
 from losa.cli import main
 from losa.data import calibration_tokens, training_examples
 from losa.errors import LosaError
 from losa.export import load_masks
-from losa.model import find_blocks
 from losa.pruning import reconstruction_error
 from losa.recipe import Recipe
 from losa.recovery.low_rank import MaskedLowRank

@@ -11,9 +11,9 @@ from conftest import changed, files, killed_after, tiny, tokenizer
 
 import losa
 from losa import pipeline, registry
+from losa.blocks import Subject, find_blocks
 from losa.data import training_examples
 from losa.errors import LosaError
-from losa.model import Subject, find_blocks
 from losa.progress import Progress
 from losa.recipe import Recipe, from_settings
 from losa.recovery import rate as rates

@@ -13,12 +13,12 @@ from torch import Tensor
 import losa
 from losa import masks, pipeline
 from losa.adapters import MaskedLinear
+from losa.blocks import Subject, find_blocks
 from losa.calibration import Stream
 from losa.data import calibration_tokens
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.inspection import plan
-from losa.model import Subject, find_blocks
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.recovery import reconstruction

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 import losa
 from losa import masks, registry
 from losa.adapters import LowRankLinear, MaskedLinear
+from losa.blocks import Subject, find_blocks
 from losa.data import collate, training_examples
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.inspection import inspect, plan
-from losa.model import Subject, find_blocks
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.recovery.full import KeptWeights
@@ -34,7 +34,7 @@ TRAINING = [name for name in registry.RECOVERIES if registry.get("recovery", nam
 def recovering(small: Recipe, name: str, steps: int | None = None, **settings: Any) -> Recipe:
     """`small` with a recovery, in as many steps (2 at most) and with ranks as it knows."""
     method = registry.get("recovery", name)
-    steps = steps or (1 if method.once or not method.merges else 2)
+    steps = steps or (1 if method.once else 2)
     return changed(small, recovery=name, steps=steps, rank_by=method.rank_by[0], **settings)
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import losa
 from losa import inputs, masks, repair
+from losa.blocks import find_blocks
 from losa.cli import main
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.inspection import inspect
-from losa.model import find_blocks
 from losa.recipe import Recipe, load
 from losa.repair_recipe import PRUNING, Repair
 

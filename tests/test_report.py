@@ -14,10 +14,10 @@ from conftest import changed, killed_after, tiny, tokenizer, two_steps
 
 import losa
 from losa import story
+from losa.blocks import find_blocks
 from losa.cli import main
 from losa.data import calibration_tokens
 from losa.errors import LosaError
-from losa.model import find_blocks
 from losa.pictures import pictures
 from losa.recipe import Recipe
 from losa.report import render, report

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import losa
 from losa import loading, masks, model, pipeline, registry, shrink, structure
+from losa.blocks import Subject, find_blocks
 from losa.cli import main
 from losa.data import calibration_tokens
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.inspection import inspect
-from losa.model import find_blocks
 from losa.progress import Progress
 from losa.recipe import Recipe, load
 from losa.structure import find
@@ -499,7 +499,7 @@ def test_a_dry_run_counts_the_statistics(
 
 def test_masks_that_are_not_rows_times_columns_are_refused() -> None:
     whole = tiny()
-    subject = model.Subject(whole, None, find_blocks(whole), "", torch.float32)
+    subject = Subject(whole, None, find_blocks(whole), "", torch.float32)
     bits = {n: masks.pack(torch.eye(*x.weight.shape) == 0) for b in subject.blocks for n, x in b.linears.items()}
     with pytest.raises(LosaError, match="not made of whole rows and columns"):
         shrink.shrink(subject, bits)

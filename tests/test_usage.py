@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import losa
 from losa import evaluate, measuring, usage
+from losa.blocks import Subject
 from losa.errors import LosaError
 from losa.inputs import Inputs, read
-from losa.model import Subject
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.run import Run

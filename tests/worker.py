@@ -14,7 +14,7 @@ import torch
 from conftest import tiny, tokenizer
 
 import losa
-from losa import cli, distributed, pipeline, sharding
+from losa import cli, distributed, sharding, starting
 from losa.errors import LosaError
 from losa.recovery import training
 from losa.sharding import sharded
@@ -27,7 +27,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if RANK == 1:
         job = job | job.get("rank1", {}) | {"settings": job["settings"] | job.get("rank1", {}).get("settings", {})}
     source, named, held = job["source"], {}, []
-    pipeline.code = lambda: job.get("code", "this")
+    starting.code = lambda: job.get("code", "this")
     if "scale" in job:
         source, named = tiny(), {"tokenizer": tokenizer()}
         source.model.norm.weight.data.mul_(job["scale"])

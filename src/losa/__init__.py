@@ -10,8 +10,9 @@ from losa.repair_recipe import Repair
 if TYPE_CHECKING:
     from losa.attached import Adapters, attach, merge
     from losa.evaluate import perplexity
-    from losa.pipeline import Result, compress
+    from losa.pipeline import compress
     from losa.repair import recover
+    from losa.starting import Result
     from losa.tasks.harness import zero_shot
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ __all__ = [
 
 _LAZY = {  # they import torch
     "Adapters": "losa.attached",
-    "Result": "losa.pipeline",
+    "Result": "losa.starting",
     "attach": "losa.attached",
     "compress": "losa.pipeline",
     "merge": "losa.attached",

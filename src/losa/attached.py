@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from losa import masks, registry
 from losa.adapters import MaskedLinear
+from losa.blocks import find_blocks, targeted
 from losa.checkpoint import MASKS
 from losa.errors import LosaError
-from losa.model import find_blocks, refuse_adapters, targeted
+from losa.model import refuse_adapters
 from losa.repair import find_masks, weights_of
 from losa.repair_recipe import Repair
 from losa.run import FORMAT, replacing

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from losa import distributed
+from losa.blocks import Block
 from losa.errors import LosaError
-from losa.model import Block
 from losa.run import writing
 
 BATCH_TOKENS = 4096  # tokens that go through a block at once: GEMMs are long enough, intermediates stay small

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from losa import heap, model
+from losa.blocks import Block, Subject, prunable, stack_of
 from losa.checkpoint import files_of, open_file
-from losa.model import Block, Subject
 from losa.recipe import Recipe
 from losa.sparse.linear import part_of
 
@@ -34,16 +34,16 @@ class OnDisk:
         self._files = {path: list(open_file(path).keys()) for path in files_of(folder)}
         self.model: Any = self._skeleton()
         self._conversions = self.model._weight_conversions
-        stack, blocks = model.stack_of(self.model)
+        stack, blocks = stack_of(self.model)
         self._blocks = [f"{stack}.{index}" for index in range(len(blocks))]
         self._keys, self._aliases = self._by_module()
         self._away: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
 
     def subject(self, tokenizer: Any, source: str, recipe: Recipe, stored: torch.dtype | None) -> Subject:
-        """The model, ready to be compressed from disk, as `model.subject_of` has one in memory."""
+        """The model, ready to be compressed from disk, as `subject_of` has one in memory."""
         if stored is None or stored.itemsize >= self.dtype.itemsize:
             stored = self.dtype
-        blocks = model.prunable(self.model, recipe)
+        blocks = prunable(self.model, recipe)
         for block in blocks:
             block.home = self
         return Subject(self.model, tokenizer, blocks, source, stored, home=self)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losa import calibration, compare, data, distributed, model, sources
+from losa.blocks import Block
 from losa.calibration import Stream
 from losa.errors import LosaError
-from losa.model import Block
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.tasks import harness

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from losa.adapters import MaskedLinear
 from losa.allocators.base import Allocator
+from losa.blocks import Block, Subject
 from losa.calibration import Stream
-from losa.model import Block, Subject, choose_device
+from losa.model import choose_device
 from losa.pruners.base import Pruner
 from losa.pruners.wanda import SquaredInputs
 from losa.pruning import observe, of_all, prune_linear, reconstruction_error, sampled_positions

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from losa import card
+from losa.blocks import Subject
 from losa.checkpoint import MASKS, Checkpoint, weight_bytes
 from losa.errors import LosaError
-from losa.model import ADAPTER, Subject, folder_of, load_config
+from losa.model import ADAPTER, folder_of, load_config
 from losa.recipe import Recipe
 from losa.run import CARD, FORMAT, Run, share, sync, versions, write_json, writing
 from losa.sparse.linear import layouts_in

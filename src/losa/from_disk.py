@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from losa import evaluate, heap, model, pipeline, registry
+from losa.blocks import Block, Subject
 from losa.calibration import Stream
-from losa.inputs import Inputs, allocation_samples, fingerprint
-from losa.model import Block, Subject
-from losa.pipeline import Dense, Result
+from losa.inputs import Inputs, allocation_samples, check_same, fingerprint
+from losa.pipeline import Dense
 from losa.pruning import prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe
 from losa.recovery.reconstruction import reconstruct, sequences, target_of
 from losa.run import Run
 from losa.shards import Shards
+from losa.starting import Result, device_of
 
 
 @heap.returned_at_once()
@@ -78,7 +79,7 @@ def prune(
     merged (on the sample of the text), and after.
     """
     assert subject.home is not None
-    pruner, tokens, device = recipe.build("pruner"), inputs.calibration, pipeline.device_of(recipe)
+    pruner, tokens, device = recipe.build("pruner"), inputs.calibration, device_of(recipe)
     stream = Stream(subject.model, subject.blocks, tokens, device, sequences(recipe), subject.spill)
     target = target_of(subject, recipe, tokens, device)
     before, after = Text(subject, recipe, inputs, ("sample_perplexity",)), Text(subject, recipe, inputs)
@@ -116,16 +117,14 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
     """One pass over the dense model, as the pipeline's; the features stay on disk too."""
     seen = fingerprint(subject, inputs)
     if saved := run.load("dense"):
-        pipeline.check_same(saved.meta, seen)
+        check_same(saved.meta, seen)
         return Dense(Features(run, len(subject.blocks)), saved.tensors["grams"], saved.meta["measured"])
     if inputs.prompts:
         run.say("the model stays on disk: it continues no prompts")
     positions = sampled_positions(recipe.error_tokens, inputs.calibration.numel(), recipe.seed)
     grams = []
     with run.phase("dense features"):
-        stream = Stream(
-            subject.model, subject.blocks, inputs.calibration, pipeline.device_of(recipe), spill=subject.spill
-        )
+        stream = Stream(subject.model, subject.blocks, inputs.calibration, device_of(recipe), spill=subject.spill)
         text = Text(subject, recipe, inputs)
         for block in run.track(subject.blocks, "dense model"):
             with block.present():
@@ -167,7 +166,7 @@ class Text:
         for name, part in texts.items():
             if name in names:
                 windows = evaluate.whole_windows(part, min(window, len(part)) if name != "perplexity" else window)
-                place = pipeline.device_of(recipe)
+                place = device_of(recipe)
                 self._streams[name] = Stream(subject.model, subject.blocks, windows, place, spill=subject.spill)
 
     def advance(self, block: Block) -> None:

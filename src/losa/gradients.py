@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from losa.blocks import Block
 from losa.calibration import Stream, unreached, visiting
 from losa.errors import LosaError
-from losa.model import Block
 from losa.pruners.base import Pruner, Statistic
 from losa.recovery.training import next_token_loss
 

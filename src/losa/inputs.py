@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from losa import data, distributed, model, registry, sources, structure
+from losa.blocks import Subject, prunable, targeted
 from losa.errors import LosaError
 from losa.loading import PACKED, STRUCTURED
-from losa.model import Subject
 from losa.recipe import Recipe
 from losa.recovery import footprint
 from losa.run import check_output
@@ -35,10 +35,6 @@ class Inputs:
 def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = False, resume: bool = False) -> Any:
     """Everything that can be known to be wrong before anything large is read; returns the model's configuration."""
     recovery = registry.get("recovery", recipe.recovery)
-    if not recovery.merges and recipe.steps > 1:
-        raise LosaError(
-            f"recovery {recipe.recovery!r} does not merge, so that only one step is possible: set steps to 1"
-        )
     if not recovery.merges and recipe.structured:
         raise LosaError(f"recovery {recipe.recovery!r} does not merge: with --pattern structured use losa or none")
     if recipe.prunes:
@@ -71,12 +67,12 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
             f"{name} is quantised ({method}): name the model it was made from, and quantise what losa makes"
         )
     whole = model.skeleton(config) if isinstance(source, str) else source
-    blocks = model.prunable(whole, recipe)
+    blocks = prunable(whole, recipe)
     if recipe.structured:
         structure.check(blocks)
         rehearse(config, recipe)
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
-    wanted = model.targeted(list(linears), recipe) if recipe.trains else set()
+    wanted = targeted(list(linears), recipe) if recipe.trains else set()
     modules = {name for name, _ in whole.named_modules()}
     if not recovery.merges and (inside := sorted(wanted - modules)):
         raise LosaError(
@@ -207,6 +203,12 @@ def fingerprint(subject: Subject, inputs: Inputs) -> dict[str, str]:
             digest.update(f"{name} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
         found[what] = digest.hexdigest()
     return found
+
+
+def check_same(meta: dict[str, Any], seen: dict[str, str]) -> None:
+    """Raise LosaError if what a run was started with had another fingerprint."""
+    if changed := [name for name, found in seen.items() if meta["seen"].get(name) != found]:
+        raise LosaError(f"{changed[0]} is not what the run was started with: start a new run")
 
 
 def _samples(whole: nn.Module) -> Iterator[tuple[str, list[int], Tensor]]:

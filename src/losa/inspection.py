@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from losa import distributed, experts, masks, memory, model, registry
+from losa.blocks import find_blocks, prunable, targeted
 from losa.checkpoint import Checkpoint, weight_bytes
 from losa.errors import LosaError
 from losa.export import load_masks
@@ -42,7 +43,7 @@ def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
             raise LosaError(f"{folder / 'losa.json'} is damaged: {error}") from None
     config = model.load_config(str(folder))
     whole, layouts = model.skeleton(config), layouts_in(config)
-    blocks = model.prunable(whole, _pruned_by(made["recipe"])) if made is not None else model.find_blocks(whole)
+    blocks = prunable(whole, _pruned_by(made["recipe"])) if made is not None else find_blocks(whole)
     bits = load_masks(folder) if made is not None or layouts is not None else {}
     files = Checkpoint(folder, layouts, experts.stored(whole))
     ranks = made["history"][-1]["ranks"] if made else []
@@ -91,7 +92,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     """
     config = model.load_config(source)
     skeleton = model.skeleton(config)
-    blocks = model.prunable(skeleton, recipe)
+    blocks = prunable(skeleton, recipe)
     device = model.choose_device(recipe.device)
     dtype = model.choose_dtype(recipe.dtype, device)
     way = memory.choose(source, recipe, config)
@@ -99,7 +100,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
     parameters = sum(p.numel() for p in skeleton.parameters())
     weights = sum(block.weights for block in blocks)
     linears = [(name, linear) for block in blocks for name, linear in block.linears.items()]
-    wanted = model.targeted([name for name, _ in linears], recipe) if recipe.trains else set()
+    wanted = targeted([name for name, _ in linears], recipe) if recipe.trains else set()
     trained = memory.trained(recipe, {name: linear for name, linear in linears if name in wanted})
     pairs = 4 * trained if recovery.ranks else 0  # bytes of values that are there all the time
     hidden, size = skeleton.get_input_embeddings().embedding_dim, dtype.itemsize

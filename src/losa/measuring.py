@@ -3,9 +3,9 @@
 from typing import Any
 
 from losa import evaluate, generation, model, sharding
+from losa.blocks import Subject
 from losa.errors import LosaError
 from losa.inputs import Inputs
-from losa.model import Subject
 from losa.recipe import Recipe
 from losa.run import Run
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from losa import calibration, distributed, experts, heap, masks, model, registry
+from losa.blocks import Block, prunable, targeted
 from losa.errors import LosaError
-from losa.model import Block
 from losa.recipe import Recipe
 from losa.recipe_checks import parse_size
 from losa.recovery import distillation, footprint
@@ -102,7 +102,7 @@ def reads_gradients(recipe: Recipe) -> bool:
 
 def ways(whole: Any, config: Any, recipe: Recipe) -> list[Way]:
     """Every way there is, the one that keeps most in memory first, with what it takes at its peak, about: of one process."""
-    blocks = model.prunable(whole, recipe)
+    blocks = prunable(whole, recipe)
     device = model.choose_device(recipe.device)
     size, vocabulary = model.choose_dtype(recipe.dtype, device).itemsize, config.get_text_config().vocab_size
     parameters = sum(p.numel() for p in whole.parameters())
@@ -198,7 +198,7 @@ def _recovery(
 ) -> tuple[float, float]:
     """What it keeps all the time, and what it takes while it trains."""
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
-    wanted = model.targeted(list(linears), recipe) if recipe.trains else set()
+    wanted = targeted(list(linears), recipe) if recipe.trains else set()
     if not wanted:
         return 0, 0
     values = trained(recipe, {name: linears[name] for name in wanted})

@@ -2,8 +2,6 @@
 
 import copy
 import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,53 +14,34 @@ from torch import Tensor
 from losa import (
     calibration,
     data,
-    disk,
     distributed,
     evidence,
     export,
     gradients,
     masks,
-    memory,
     model,
     ranks,
     registry,
     structure,
-    usage,
 )
 from losa.allocators.base import Evidence
+from losa.blocks import Block, Subject, prunable
 from losa.errors import LosaError
-from losa.inputs import Inputs, allocation_samples, check, fingerprint, read
+from losa.inputs import Inputs, allocation_samples, check_same, fingerprint
 from losa.measuring import measure, measure_step, sample
-from losa.model import Block, Subject
 from losa.progress import Progress
 from losa.pruners.base import Pruner
 from losa.pruning import of_all, prune_block, reconstruction_error, sampled_positions
 from losa.recipe import Recipe, from_settings, load
 from losa.recovery.base import Recovery
-from losa.recovery.distillation import Teacher, check_vocabulary, teacher_of
+from losa.recovery.distillation import Teacher, teacher_of
 from losa.recovery.low_rank import MaskedLowRank
 from losa.recovery.rate import settled
 from losa.recovery.reconstruction import reconstruct, sequences, target_of
-from losa.run import Run, code, versions
+from losa.run import Run
 from losa.shrink import OURS, PLAIN, shrink
 from losa.sparse.linear import pack_model
-from losa.units import dtype_name
-
-
-@dataclass
-class Result:
-    """A compressed model: merged, in memory, dense or packed as it was saved, and where. `history` has rates, errors and ranks of every step.
-
-    `model` is None where it was left on disk, or computes as measured only with the pairs saved beside it (a recovery that
-    does not merge): `path` has it.
-    """
-
-    model: Any
-    tokenizer: Any
-    recipe: Recipe
-    measurements: dict[str, Any]
-    history: list[dict[str, Any]]
-    path: Path | None
+from losa.starting import Result, device_of, start
 
 
 @dataclass
@@ -115,105 +94,6 @@ def compress(
         return lambda run: work(subject, recipe, inputs, run)
 
     return start(source, recipe, output, begin, tokenizer, resume, overwrite, progress)
-
-
-def start(
-    source: Any,
-    recipe: Recipe,
-    output: str | Path | None,
-    begin: Callable[[Subject, Recipe, Inputs], Callable[[Run], Result]],
-    tokenizer: Any,
-    resume: bool,
-    overwrite: bool,
-    progress: Progress | None,
-) -> Result:
-    """Check everything, load the model, and run what `begin` makes of it. If that raises, nothing has been written or
-    replaced yet. The other arguments are those of `compress`."""
-    output = Path(output) if output is not None else None
-    source = os.fspath(source) if isinstance(source, os.PathLike) else source
-    name = source if isinstance(source, str) else type(source).__name__
-    with distributed.joined(device_of(recipe)):
-        config = check(source, recipe, output, overwrite, resume)
-        asked = {
-            "model": name,
-            "output": str(output),
-            "resume": resume,
-            "overwrite": overwrite,
-            "the code of losa": code(),
-        }
-        distributed.check_alike(asked | versions() | recipe.to_json())
-        return _start(source, name, config, tokenizer, recipe, output, begin, resume, overwrite, progress)
-
-
-def _start(
-    source: Any,
-    name: str,
-    config: Any,
-    tokenizer: Any,
-    recipe: Recipe,
-    output: Path | None,
-    begin: Callable[[Subject, Recipe, Inputs], Callable[[Run], Result]],
-    resume: bool,
-    overwrite: bool,
-    progress: Progress | None,
-) -> Result:
-    if output is None and not registry.get("recovery", recipe.recovery).merges:
-        raise LosaError(f"recovery {recipe.recovery!r} does not merge: name an output for the pairs it trains")
-    if output is None and recipe.distill and recipe.teacher == "cached":
-        raise LosaError("a cached teacher's predictions are kept in the run: name an output, or set teacher to live")
-    if tokenizer is None:
-        if not isinstance(source, str):
-            raise LosaError(f"a loaded model ({name}) needs its tokenizer: pass tokenizer=")
-        tokenizer = model.load_tokenizer(source, config)
-    else:
-        data.check_tokenizer(tokenizer, config.get_text_config().vocab_size)
-    if teacher := recipe.teacher_model:
-        check_vocabulary(model.load_tokenizer(teacher, model.load_config(teacher)), tokenizer, teacher)
-    run, device = Run(output, progress or Progress(quiet=True)), device_of(recipe)
-    dtype = model.choose_dtype(recipe.dtype, device) if isinstance(source, str) else source.dtype
-    computed = {"dtype": dtype_name(dtype), "device": device.type}
-    try:
-        if resume:
-            run.resume(recipe, name, computed)
-            if run.finished:
-                return finished(run, recipe, tokenizer)
-        way = memory.choose(source, recipe, config, output is not None, run.from_disk)
-        if way.free is not None:
-            need, free = memory.gigabytes(way.memory), memory.gigabytes(way.free)
-            run.say(f"memory may not suffice: about {need} is needed at the peak, {free} is free")
-        with run.phase("reading"):
-            inputs = read(recipe, tokenizer, config)
-            settled = with_rows(recipe, len(inputs.examples))
-        with run.phase("loading"):
-            if way.from_disk:
-                subject = disk.OnDisk(disk.local(source), dtype).subject(tokenizer, name, recipe, config.dtype)
-            else:
-                loaded = model.load(source, recipe) if isinstance(source, str) else source
-                subject = model.subject_of(loaded, tokenizer, name, recipe, config.dtype)
-        subject.spill = run.folder if way.spill else None
-        if distributed.world() > 1:
-            distributed.check_alike(fingerprint(subject, inputs))
-        go = begin(subject, settled, inputs)
-        if not resume:  # only now: what fails before leaves no trace, and nothing replaced
-            run.start(recipe, name, overwrite, way.from_disk, computed)
-        run.log("machine", **usage.machine(device_of(recipe)), dtype=dtype_name(subject.model.dtype))
-        if isinstance(source, str) and recipe.dtype == "auto" and config.dtype not in (None, subject.stored):
-            was, now = map(dtype_name, (config.dtype, subject.stored))
-            run.say(f"stored in {was}, computed and saved in {now}: --dtype float32 keeps what is stored")
-        if way.from_disk or way.spill:
-            run.say(str(way))
-        return go(run)
-    finally:
-        run.close()
-
-
-def with_rows(recipe: Recipe, rows: int) -> Recipe:
-    """`recipe` with the number of recovery rows that were found. Raises LosaError if they are too few for its steps."""
-    if not recipe.trains or recipe.train_samples is not None:
-        return recipe
-    made = recipe.at(train_samples=rows)
-    made.validate()
-    return made
 
 
 def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Result:
@@ -315,7 +195,7 @@ def finetune(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> dict
     set_ranks(subject, recipe, 0, "uniform", [])
     recover_step(subject, recovery, examples, recipe, 0, meta["history"], run)
     subject.merge()
-    subject.blocks = model.prunable(subject.model, recipe)
+    subject.blocks = prunable(subject.model, recipe)
     weights = {name: linear.weight for block in subject.blocks for name, linear in block.linears.items()}
     run.save("finetuned", weights, meta)
     return dict(meta["measured"])
@@ -385,12 +265,6 @@ def remember_dense(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -
 def needs_grams(recipe: Recipe) -> bool:
     """Whether the first rates come from the dense model's Gram matrices."""
     return registry.get("allocator", recipe.allocator).needs == "grams" and recipe.kept.allocates
-
-
-def check_same(meta: dict[str, Any], seen: dict[str, str]) -> None:
-    """Raise LosaError if what a run was started with had another fingerprint."""
-    if changed := [name for name, found in seen.items() if meta["seen"].get(name) != found]:
-        raise LosaError(f"{changed[0]} is not what the run was started with: start a new run")
 
 
 def allocate(
@@ -585,19 +459,3 @@ def tell(run: Run, record: dict[str, Any], recipe: Recipe, seconds: float) -> No
     line += f", error {max(record['errors']):.3f} at worst" if record["errors"] else ""
     line += f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""
     run.say(f"{line}, {seconds:.0f} s")
-
-
-def finished(run: Run, recipe: Recipe, tokenizer: Any) -> Result:
-    """The result of a run that has nothing left to do, but to clear away its states if it was killed just then."""
-    output = run.output
-    assert output is not None
-    run.drop_states()
-    made = json.loads((output / "losa.json").read_text())
-    whole = not run.from_disk and registry.get("recovery", recipe.recovery).merges
-    loaded = model.load(str(output), recipe) if whole else None
-    return Result(loaded, tokenizer, recipe, made["measurements"], made["history"], output)
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """Where blocks compute: they visit it one at a time if the model lives elsewhere."""
-    return model.choose_device(recipe.device)

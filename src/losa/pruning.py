@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from losa import distributed
+from losa.blocks import Block
 from losa.calibration import Stream
 from losa.errors import LosaError
-from losa.model import Block
 from losa.patterns import Amount
 from losa.pruners.base import Pruner, Statistic, StructuredPruner
 from losa.units import dtype_name

@@ -15,7 +15,7 @@ from losa.patterns import Amount
 from losa.recipe_checks import check_type, widened
 
 if TYPE_CHECKING:
-    from losa.model import Block
+    from losa.blocks import Block
 
 RECIPES = (
     *("paper", "best", "best-adapters", "demo", "lora", "sparse-lora", "adalora", "sora", "finetune-then-sparsify"),
@@ -66,7 +66,8 @@ class Recipe:
     schedule: Literal["cubic", "linear"] = setting("cubic", "how sparsity grows over the steps (equations 8, 10)")
     steps: int = setting(
         None,
-        "steps of pruning and recovery (T); 1 prunes at once; default 5, or 1 with a recovery that can take one only",
+        "steps of pruning and recovery (T); 1 prunes at once; default 5, or 1 with a recovery that can take one only, or "
+        "trains nothing",
     )
     mean_rank: float = setting(
         6.0, "mean rank of the adapters at the first step; grows by rank_growth a step (equation 9)"
@@ -190,7 +191,7 @@ class Recipe:
         check_type("recovery", self.recovery, str)
         recovery = registry.get("recovery", self.recovery)
         if self.steps is None:
-            object.__setattr__(self, "steps", 1 if recovery.once or not recovery.merges else 5)
+            object.__setattr__(self, "steps", 5 if recovery.trains and not recovery.once else 1)
         if self.rank_by is None:
             object.__setattr__(self, "rank_by", recovery.rank_by[0])
         self.validate()
@@ -316,6 +317,10 @@ def load(names: str | None, overrides: dict[str, Any] | None = None, kind: type[
             registry.PRUNERS if structured else registry.STRUCTURED
         ):
             settings = {key: value for key, value in settings.items() if key not in ("pruner", "pruner_options")}
+    if isinstance(overrides.get("recovery"), str):  # what recipes say of steps and ranks, it need not be able to
+        recovery = registry.get("recovery", overrides["recovery"])
+        able = {"steps": not recovery.once, "rank_by": settings.get("rank_by") in recovery.rank_by}
+        settings = {key: value for key, value in settings.items() if able.get(key, True)}
     return from_settings(settings | overrides, kind)
 
 

@@ -168,9 +168,8 @@ def _check_recovery(recipe: "Recipe") -> None:
     """Raise LosaError for settings that contradict the recovery."""
     recovery = registry.get("recovery", recipe.recovery)
     if recovery.once and recipe.steps > 1:
-        raise LosaError(
-            f"recovery {recipe.recovery!r} sets mask and ranks once, so that only one step is possible: set steps to 1"
-        )
+        why = "sets mask and ranks once" if recovery.merges else "does not merge"
+        raise LosaError(f"recovery {recipe.recovery!r} {why}, so that only one step is possible: set steps to 1")
     if recipe.rank_by not in recovery.rank_by:
         raise LosaError(f"rank_by {recipe.rank_by}: recovery {recipe.recovery!r} knows {' or '.join(recovery.rank_by)}")
     share = recipe.finetune_first

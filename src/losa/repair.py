@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from losa import experts, inspection, masks, model, pipeline
+from losa.blocks import Block, Subject, prunable
 from losa.checkpoint import MASKS, Checkpoint
 from losa.errors import LosaError
 from losa.export import read_masks
-from losa.inputs import Inputs, fingerprint
+from losa.inputs import Inputs, check_same, fingerprint
 from losa.measuring import measure_step
-from losa.model import Block, Subject
-from losa.pipeline import Result, State
+from losa.pipeline import State
 from losa.progress import Progress
 from losa.recipe import Recipe, from_settings, load
 from losa.repair_recipe import Repair
 from losa.run import Run
+from losa.starting import Result, start
 
 # Below this share of zeros a linear is dense: they are there by accident (weights that underflowed, unused channels).
 ACCIDENTAL = 0.01
@@ -161,7 +162,7 @@ def recover(
         known = recipe.found(found.sparsity)
         return lambda run: _recover(subject, known, inputs, found, run)
 
-    return pipeline.start(source, made, output, begin, tokenizer, resume, overwrite, progress)
+    return start(source, made, output, begin, tokenizer, resume, overwrite, progress)
 
 
 def _recover(subject: Subject, recipe: Recipe, inputs: Inputs, found: Found, run: Run) -> Result:
@@ -191,7 +192,7 @@ def remember_pruned(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) 
     """What is measured of the model as it was given."""
     seen = fingerprint(subject, inputs)
     if saved := run.load("before"):
-        pipeline.check_same(saved.meta, seen)
+        check_same(saved.meta, seen)
         return {key: value for key, value in saved.meta.items() if key != "seen"}
     measured = pipeline.first_look(subject, recipe, inputs, run) | {"sparsity": recipe.sparsity}
     run.log("before", **measured)
@@ -209,7 +210,7 @@ def plan(source: str, recipe: Repair) -> dict[str, Any]:
         raise LosaError(f"--dry-run counts zeros in the model's files: download {source!r}, and name its folder")
     whole = model.skeleton(model.load_config(source))
     weights = Checkpoint(folder, places=experts.stored(whole))
-    names = [name for block in model.prunable(whole, recipe) for name in block.linears]
+    names = [name for block in prunable(whole, recipe) for name in block.linears]
     found = find_masks(((name, weights[f"{name}.weight"]) for name in names), folder_of(source))
     refuse_dense(found)
     planned = inspection.plan(source, recipe.found(found.sparsity))

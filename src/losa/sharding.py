@@ -15,7 +15,8 @@ from torch import nn
 
 from losa import distributed
 from losa.adapters import MaskedLinear
-from losa.model import Block, Subject, choose_device
+from losa.blocks import Block, Subject
+from losa.model import choose_device
 from losa.recipe import Recipe
 
 

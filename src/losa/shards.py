@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from losa import masks
+from losa.blocks import Block, Subject
 from losa.checkpoint import INDEX, SINGLE
 from losa.errors import LosaError
 from losa.export import publish
-from losa.model import Block, Subject
 from losa.recipe import Recipe
 from losa.run import Run, Saved, share, sync, write_json, writing
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from losa import masks, model
+from losa.blocks import Block, Subject, prunable
 from losa.errors import LosaError
 from losa.loading import STRUCTURED
-from losa.model import Block, Subject
 from losa.recipe import Recipe
 from losa.structure import find
 from losa.widths import attentions, linear_like, recount, resize
@@ -68,7 +68,7 @@ def rehearse(config: Any, recipe: Recipe) -> None:
     except Exception:  # it reads values, which are not there: nothing can be said
         return
     shapes: dict[str, list[Any]] = {}
-    for block in model.prunable(whole, recipe):
+    for block in prunable(whole, recipe):
         for group in find(block):
             cut = min(1, group.count - 1)
             for name, rows in group.rows.items():

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from losa import masks
 from losa.adapters import MaskedLinear
+from losa.blocks import Block
 from losa.calibration import Stream
 from losa.errors import LosaError
-from losa.model import Block
 from losa.pruners.base import Statistic, StructuredPruner
 from losa.pruning import observe
 

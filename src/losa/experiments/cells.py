@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from losa import __version__, inputs, model, patterns, pipeline, recipe, registry, sources, story
+from losa.blocks import prunable, targeted
 from losa.errors import LosaError
 from losa.experiments import latency
 from losa.experiments.tables import Place, Settings, Table
@@ -177,9 +178,10 @@ def _some(path: Path) -> bytes:
 
 
 def _machine(made: Recipe) -> str:
+    from losa.starting import device_of
     from losa.usage import machine
 
-    found = machine(pipeline.device_of(made))
+    found = machine(device_of(made))
     return json.dumps({name: found.get(name) for name in ("processor", "threads", "device")})
 
 
@@ -300,8 +302,8 @@ def trained(source: str, made: Recipe, ranks: list[int]) -> int:
     if not made.trains:
         return 0
     whole: Any = model.skeleton(model.load_config(source))
-    blocks = model.prunable(whole, made)
-    wanted = model.targeted([name for block in blocks for name in block.linears], made)
+    blocks = prunable(whole, made)
+    wanted = targeted([name for block in blocks for name in block.linears], made)
     recovery = registry.get("recovery", made.recovery)
     total = 0
     for block in blocks:

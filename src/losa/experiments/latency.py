@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losa import bench, masks, model, speed
+from losa.blocks import prunable, targeted
 from losa.errors import LosaError
 from losa.recipe import Recipe
 from losa.sparse import decoding
@@ -59,8 +60,8 @@ def check(source: str, recipe: Recipe) -> None:
     config = model.load_config(source)
     if layouts_in(config) is not None:
         raise LosaError(f"{source!r} is packed already: decoding is timed from a dense model")
-    blocks = model.prunable(model.skeleton(config), recipe)
-    model.targeted([name for block in blocks for name in block.linears], recipe)
+    blocks = prunable(model.skeleton(config), recipe)
+    targeted([name for block in blocks for name in block.linears], recipe)
     if (room := model.longest_text(config)) < PROMPT + NEW:
         raise LosaError(f"decoding is timed on {PROMPT + NEW} tokens, the model reads at most {room:g}")
 
@@ -77,7 +78,7 @@ def measure(source: str, recipe: Recipe) -> dict[str, Any]:
     stored = model.load_config(source).dtype or dense.dtype
     stored = stored if stored.itemsize < dense.dtype.itemsize else dense.dtype
     merged = copy.deepcopy(dense)
-    blocks = model.prunable(merged, recipe)
+    blocks = prunable(merged, recipe)
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
     bits = {}
     for name, linear in linears.items():
@@ -89,7 +90,7 @@ def measure(source: str, recipe: Recipe) -> dict[str, Any]:
         raise LosaError(f"{source!r}: no linear is smaller packed at {recipe.sparsity:.0%}: there is nothing to time")
     prompt = speed.prompt_for(dense, PROMPT)
     _check_agreement(merged, prompt, recipe)
-    apart = _with_pairs(merged, model.targeted(list(packed), recipe), recipe, dense.dtype)
+    apart = _with_pairs(merged, targeted(list(packed), recipe), recipe, dense.dtype)
     decoding.attach(dense)
     why = decoding.refusal(dense) or decoding.refusal(merged)
     models = {"dense": dense, "apart": apart, "merged": merged}

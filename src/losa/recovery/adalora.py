@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from losa.adapters import LowRankLinear, MaskedLinear
+from losa.blocks import Subject
 from losa.errors import LosaError
-from losa.model import Subject
 from losa.recipe import Recipe
 from losa.recovery.low_rank import MaskedLowRank
 from losa.recovery.sora import GatedLinear

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from losa.adapters import MaskedLinear
-from losa.model import Subject
+from losa.blocks import Subject
 from losa.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Recovery(ABC):
-    """Wins back what pruning lost. `merges`: whether what it trains goes into the sparse weights exactly; a method that
-    does not can run once only. `layer`: what takes the place of a prunable linear. `trains`: whether it needs data.
+    """Wins back what pruning lost. `merges`: whether what it trains goes into the sparse weights exactly. `layer`: what takes the place of a prunable linear. `trains`: whether it needs data.
     `ranks`: whether that is low-rank pairs, whose ranks are set at each step. `trained`: what it trains, in words.
-    `rank_by`: what may decide the ranks, its default first. `once`: its mask and ranks are set once, in a single step.
+    `rank_by`: what may decide the ranks, its default first. `once`: it takes a single step only, since its mask and
+    ranks are set once; so does what does not merge.
     Subclasses are dataclasses whose fields are their options; __post_init__ raises LosaError."""
 
     merges: ClassVar[bool] = True
@@ -28,6 +28,9 @@ class Recovery(ABC):
     rank_by: ClassVar[tuple[str, ...]] = ("error", "sparsity", "uniform")
     once: ClassVar[bool] = False
     layer: ClassVar[type[MaskedLinear]] = MaskedLinear
+
+    def __init_subclass__(cls) -> None:
+        cls.once = cls.once or not cls.merges
 
     @classmethod
     @abstractmethod

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losa import data, distributed, model
+from losa.blocks import Subject
 from losa.errors import LosaError
 from losa.inputs import Inputs, fingerprint
-from losa.model import Subject
 from losa.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from losa import distributed, heap, sharding
+from losa.blocks import Subject
 from losa.errors import LosaError
-from losa.model import Subject, choose_device
+from losa.model import choose_device
 from losa.recipe import Recipe
 
 MOMENTS = {"adamw": 8, "adamw-8bit": 2}  # bytes of a trained value's two

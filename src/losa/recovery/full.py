@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from losa.adapters import MaskedLinear
-from losa.model import Subject, targeted
+from losa.blocks import Subject, targeted
 from losa.recipe import Recipe
 from losa.recovery.base import Recovery
 from losa.recovery.training import Between, train

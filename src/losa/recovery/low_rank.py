@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from losa.adapters import LowRankLinear
-from losa.model import Subject
+from losa.blocks import Subject
 from losa.recipe import Recipe
 from losa.recovery.base import Recovery
 from losa.recovery.training import train

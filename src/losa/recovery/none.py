@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from losa.model import Subject
+from losa.blocks import Subject
 from losa.recipe import Recipe
 from losa.recovery.base import Recovery
 

@@ -7,8 +7,8 @@ import torch
 
 from losa import data, distributed, sharding
 from losa.adapters import MaskedLinear
+from losa.blocks import Subject
 from losa.errors import LosaError
-from losa.model import Subject
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.recovery.base import Recovery

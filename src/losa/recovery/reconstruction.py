@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from losa.blocks import Block, Subject, find_blocks
 from losa.calibration import Stream, visiting
 from losa.errors import LosaError
-from losa.model import Block, Subject, find_blocks
 from losa.recipe import Recipe
 from losa.recovery.training import share_of_peak
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from losa.adapters import MaskedLinear
+from losa.blocks import Subject
 from losa.errors import LosaError
-from losa.model import Subject
 from losa.recipe import Recipe
 from losa.recovery.low_rank import MaskedLowRank
 from losa.recovery.training import Between, share_of_peak, train, updates_of

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losa import data, distributed
+from losa.blocks import Subject
 from losa.errors import LosaError
-from losa.model import Subject
 from losa.recipe import Recipe
 from losa.recovery import footprint
 from losa.recovery.distillation import mixed_loss

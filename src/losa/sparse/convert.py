@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from losa import card, masks, model
+from losa.blocks import find_blocks
 from losa.checkpoint import INDEX, MASKS, SINGLE, Checkpoint, files_of, weight_bytes
 from losa.errors import LosaError
 from losa.export import load_masks
@@ -107,7 +108,7 @@ def _linears(config: Any, files: Checkpoint) -> dict[str, tuple[str, list[int]]]
     """The prunable linears that are modules of the model and stored under their names: name and shape by key."""
     whole: Any = model.skeleton(config)
     found: dict[str, tuple[str, list[int]]] = {}
-    for block in model.find_blocks(whole):
+    for block in find_blocks(whole):
         for name in block.linears:
             key = files.key(f"{name}.weight")
             module: Any = named(whole, name)[1]
