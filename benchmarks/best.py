@@ -1,37 +1,61 @@
 """The paper's recipe against `best` and `best-adapters` on the built-in model, at 60 and 70%: perplexity and time.
 
-    python benchmarks/best.py --results benchmarks/best.jsonl [--seeds 5] [--part 1/2] [--threads 1]
-    python benchmarks/best.py --results benchmarks/best.jsonl --table
+    python benchmarks/best.py --results benchmarks/best.jsonl [--seeds 5] [--sparsity 0.6] [--threads 1]
+    python benchmarks/best.py --results benchmarks/best.jsonl --table [--markdown README.md docs/choosing.md docs/log.md]
 
 All get the same 1500 x 256 tokens. The paper's learning rate is chosen on demo:validation (seed 0), at each sparsity; the
 others choose theirs themselves, from rows held out of their own. The held-out test is then read once a seed. One line of
-JSON a result; what the file holds is not run again.
+JSON a result; what the file holds is not run again. Two processes can share the work, each with a sparsity of its own.
 """
 
 import argparse
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import once, read
+from methods import cell, once, read, with_tables
 
 METHODS = {"paper": "demo", "best": "demo,best", "best-adapters": "demo,best-adapters"}
 RATES = (4e-3, 8e-3, 1.6e-2)  # of the paper's recipe; its own 2e-4 is far off here
 SPARSITIES = (0.6, 0.7)
+# what each part of `best` does, at 70% with seed 0: the recipe, and what is otherwise
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "best": ("demo,best", {}),
+    "without the teacher": ("demo,best", {"distill": 0.0}),
+    "the teacher alone": ("demo,best", {"distill": 1.0}),
+    "Wanda instead of ALPS": ("demo,best", {"pruner": "wanda"}),
+    "rates by RMI": ("demo,best", {"allocator": "rmi"}),
+    "in three steps": ("demo,best", {"steps": 3}),
+    "blocks reconstructed first": ("demo,best", {"reconstruct": 4}),
+    "blocks reconstructed, nothing trained": ("demo,best", {"reconstruct": 4, "recovery": "none", "distill": 0.0}),
+    "best-adapters": ("demo,best-adapters", {}),
+    "best-adapters without the teacher": ("demo,best-adapters", {"distill": 0.0}),
+}
 
 
-def results(path: Path, seeds: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
+def results(
+    path: Path, seeds: int, sparsities: Sequence[float]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
     """Every result: its key, its settings, and the recipe below them; one seed of everything first."""
     for seed in range(seeds):
-        for sparsity in SPARSITIES:
+        for sparsity in sparsities:
             for method, name in METHODS.items():
                 key = {"phase": "best", "method": method, "sparsity": sparsity, "seed": seed}
                 settings: dict[str, Any] = {"sparsity": sparsity, "seed": seed}
                 if method == "paper":
                     settings["learning_rate"] = tuned(path, sparsity)
                 yield key, settings, name
+
+
+def parts(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
+    """The same for PARTS; those that are whole recipes are the results of these."""
+    sparsity = SPARSITIES[-1]
+    whole = {key["method"]: (key, settings, recipe) for key, settings, recipe in results(path, 1, [sparsity])}
+    for part, (recipe, settings) in PARTS.items():
+        key = {"phase": "parts", "part": part, "sparsity": sparsity, "seed": 0}
+        yield whole[part] if part in whole else (key, settings | {"sparsity": sparsity, "seed": 0}, recipe)
 
 
 def tuned(path: Path, sparsity: float) -> float:
@@ -43,25 +67,32 @@ def tuned(path: Path, sparsity: float) -> float:
     return min(found, key=lambda rate: found[rate]["perplexity"])
 
 
-def table(path: Path) -> None:
+def table(path: Path) -> str:
     """Mean and deviation of perplexity, and of what the paper's recipe leaves above dense how much is gone; median of
     the processor's time, which is what does not depend on what else runs."""
     lines = [line for line in read(path).values() if line["phase"] == "best"]
-    print(
-        "| method | sparsity | perplexity | removed of what `paper` leaves | time over `paper` |\n|---|---|---|---|---|"
-    )
+    rows = [["recipe", "sparsity", "perplexity", "removed of what `paper` leaves above dense", "time over `paper`"]]
+    rows.append(["---"] * len(rows[0]))
     for sparsity in SPARSITIES:
         by = {m: {r["seed"]: r for r in lines if (r["method"], r["sparsity"]) == (m, sparsity)} for m in METHODS}
         for method, runs in by.items():
-            if not runs:
-                continue
-            values = [run["perplexity"] for run in runs.values()]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             both = [(run, by["paper"][seed]) for seed, run in runs.items() if seed in by["paper"]]
             gone = [1 - (run["perplexity"] - run["dense"]) / (p["perplexity"] - p["dense"]) for run, p in both]
             slower = [run["processor_seconds"] / p["processor_seconds"] for run, p in both]
-            tail = f"{statistics.mean(gone):.0%} | {statistics.median(slower):.2f}" if both else " | "
-            print(f"| {method} | {sparsity:.0%} | {statistics.mean(values):.2f}{spread} ({len(values)}) | {tail} |")
+            told = (
+                [f"{statistics.mean(gone):.0%}", f"{statistics.median(slower):.2f}"] if method != "paper" else ["", ""]
+            )
+            rows.append([f"`{method}`", f"{sparsity:.0%}", cell([run["perplexity"] for run in runs.values()]), *told])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def table_of_parts(path: Path) -> str:
+    """Perplexity and processor seconds of each of PARTS that is there."""
+    rows = [["at 70%, one seed", "perplexity", "processor seconds"], ["---"] * 3]
+    found = {line.get("part", line.get("method")): line for line in read(path).values() if line.get("seed") == 0
+             and line["sparsity"] == SPARSITIES[-1] and line["phase"] in ("parts", "best")}  # fmt: skip
+    rows += [[p, f"{found[p]['perplexity']:.2f}", f"{found[p]['processor_seconds']:.0f}"] for p in PARTS if p in found]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def main() -> None:
@@ -69,18 +100,24 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--part", default="1/1", help="K/N: every N-th result, from the K-th")
+    parser.add_argument("--sparsity", nargs="+", type=float, choices=SPARSITIES, default=SPARSITIES)
+    parser.add_argument("--parts", action="store_true", help="what each part of `best` does, instead")
     parser.add_argument("--table", action="store_true", help="print what the file holds")
+    parser.add_argument(
+        "--markdown", nargs="+", type=Path, default=[], help="put that between the markers of these files"
+    )
     args = parser.parse_args()
-    if args.table:
-        return table(args.results)
+    if args.table or args.markdown:
+        made = {"best": table(args.results), "parts of best": table_of_parts(args.results)}
+        for page in args.markdown:
+            page.write_text(with_tables(page.read_text(), made))
+        return print("\n".join(made.values()) if args.table else "")
     import torch
 
     torch.set_num_threads(args.threads)
-    part, parts = map(int, args.part.split("/"))
-    for number, (key, settings, recipe) in enumerate(results(args.results, args.seeds)):
-        if number % parts == part - 1:
-            once(args.results, key, settings, recipe)
+    wanted = parts(args.results) if args.parts else results(args.results, args.seeds, args.sparsity)
+    for key, settings, recipe in wanted:
+        once(args.results, key, settings, recipe)
     return None
 
 

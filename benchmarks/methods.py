@@ -178,9 +178,7 @@ def tables(path: Path) -> dict[str, str]:
                 found.setdefault(line[row], {}).setdefault(column, {})[line.get("seed", 0)] = line["perplexity"]
         names = sorted({column for cells in found.values() for column in cells})
         lines = [[row, *names], ["---"] * (len(names) + 1)]
-        lines += [
-            [key, *(_cell([*cells.get(column, {}).values()]) for column in names)] for key, cells in found.items()
-        ]
+        lines += [[key, *(cell([*cells.get(column, {}).values()]) for column in names)] for key, cells in found.items()]
         made[name] = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return made
 
@@ -194,7 +192,8 @@ def with_tables(text: str, made: dict[str, str]) -> str:
     return text
 
 
-def _cell(values: list[float]) -> str:
+def cell(values: list[float]) -> str:
+    """Mean, deviation and number of values; of one, the value."""
     if len(values) < 2:
         return "".join(f"{value:.2f}" for value in values)
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"

@@ -101,11 +101,14 @@ def test_a_model_from_the_hub_is_linked(tmp_path: Path, llama: Path, brief: Reci
     assert read.data.eval_results is None and "No perplexity was measured" in read.text
     made["recipe"]["eval_data"] = "wikitext2"
     made["measurements"] = json.loads(
-        json.dumps(made["measurements"]).replace('"perplexity": null', '"perplexity": 9.5')
+        json.dumps(made["measurements"])
+        .replace('"perplexity": null', '"perplexity": 9.5')
+        .replace('"window": null', '"window": 64')
     )
     card.write(tmp_path, made, None)
     (measured,) = ModelCard.load(tmp_path / "README.md").data.eval_results
     assert (measured.dataset_type, measured.metric_value) == ("Salesforce/wikitext", 9.5)
+    assert "whole windows of 64 tokens" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own call

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,27 @@ def test_a_best_number_of_steps(llama: Path, tiny: Settings) -> None:
     assert verdict(lambda cell: 10 + abs(cell.recipe.steps - 3)).startswith(
         "holds: lowest at number of steps 3 (10.00;"
     )
-    assert verdict(lambda cell: 10 + cell.recipe.steps).startswith("does not hold: lowest at number of steps 1")
+    found = verdict(lambda cell: 10 + cell.recipe.steps)
+    assert found.startswith("does not hold: lowest at number of steps 1") and found.endswith("; one seed")
+    made += gather(str(llama), [table], None, tiny | {"seed": 1}, 1)
+    assert verdict(lambda cell: 10 + cell.recipe.steps).endswith("; 2 seeds")
+
+
+def test_what_is_no_folder_of_cells_stays(
+    llama: Path, tiny: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiments.csv").write_text("somebody's")
+    rest = ["--model", llama, "--output", tmp_path, *flags(tiny)]
+    assert "exists and holds no cells of losa: name another folder" in refused(capsys, "experiment", "steps", *rest)
+    assert (tmp_path / "experiments.csv").read_text() == "somebody's"
+
+
+def test_without_plotly_the_picture_is_missed_aloud(
+    llama: Path, out: Path, tiny: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert main(["experiment", "cost", "--model", str(llama), "--output", str(out), "--cached", *flags(tiny)]) == 0
+    assert "its pictures need plotly (pip install 'losa[report]')" in capsys.readouterr().err
 
 
 def test_sizes_of_several_models(llama: Path, tiny: Settings) -> None:

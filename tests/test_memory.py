@@ -16,7 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import losa
-from losa import heap, masks, memory, model, registry
+from losa import heap, inspection, masks, memory, model, registry
 from losa.adapters import MaskedLinear
 from losa.errors import LosaError
 from losa.inspection import plan
@@ -101,6 +101,10 @@ def test_what_may_not_suffice_is_said(
         losa.compress(source, recipe, tokenizer=tokenizer(), progress=Progress())
         told = "memory may not suffice: about 1 GB is needed at the peak, 0.7 GB is free"
         assert (told in capsys.readouterr().err) == said
+    monkeypatch.setattr(memory, "available", lambda _: 7e8)
+    assert inspection.plan(str(llama), recipe)["shortage"] == told
+    held = "; the model has to be in memory, for recovery 'losa' trains all of it (none does not)"
+    assert inspection.plan(str(llama), small)["shortage"] == told + held
 
 
 def test_a_run_from_disk_is_for_one_process(llama: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

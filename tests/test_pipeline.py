@@ -20,6 +20,7 @@ from losa.cli import main
 from losa.data import calibration_tokens, training_examples
 from losa.errors import LosaError
 from losa.export import load_masks
+from losa.progress import Progress
 from losa.pruning import reconstruction_error
 from losa.recipe import Recipe
 from losa.recovery.low_rank import MaskedLowRank
@@ -204,11 +205,15 @@ def test_targets_are_adapted_and_everything_is_pruned(targets: str, count: int, 
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own call
-def test_lora_kept_apart_is_saved_as_peft_reads_it(llama: Path, tmp_path: Path, small: Recipe) -> None:
+def test_lora_kept_apart_is_saved_as_peft_reads_it(
+    llama: Path, tmp_path: Path, small: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
     peft = pytest.importorskip("peft")
     recipe = changed(small, recovery="lora", steps=1, allocator="uniform")
-    result = losa.compress(str(llama), recipe, tmp_path / "out")
+    result = losa.compress(str(llama), recipe, tmp_path / "out", progress=Progress())
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert result.measurements["sparse"]["loads"] == "transformers, and PEFT for the pairs in adapter/"
+    assert "'lora' does not merge: its pairs stay apart" in capsys.readouterr().err
     assert result.model is None  # alone it is not what was measured
     assert losa.compress(str(llama), recipe, tmp_path / "out", resume=True).model is None
     whole = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
@@ -425,7 +430,11 @@ def test_true_sequential_sees_what_is_pruned_before(pruner: str, small: Recipe) 
 # ------------------------------------------------------------------------------------------------- how it is called
 
 
-def test_a_recipe_may_be_a_dict(small: Recipe) -> None:
+def test_a_recipe_may_be_a_dict_or_a_file(small: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(small.to_json() | {"steps": 1}))
+    assert losa.compress(tiny(), tmp_path / "mine.json", tokenizer=tokenizer()).recipe == changed(small, steps=1)
+    with pytest.raises(LosaError, match="a NoneType is no recipe: expected a Recipe, a dict"):
+        losa.compress(tiny(), None, tokenizer=tokenizer())  # type: ignore[arg-type]
     assert losa.compress(tiny(), small.to_json() | {"steps": 1}, tokenizer=tokenizer()).recipe == changed(
         small, steps=1
     )
@@ -433,9 +442,11 @@ def test_a_recipe_may_be_a_dict(small: Recipe) -> None:
         losa.compress(tiny(), {"sparsty": 0.5}, tokenizer=tokenizer())
 
 
-def test_a_loaded_model_needs_its_tokenizer(small: Recipe) -> None:
+def test_a_loaded_model_needs_its_tokenizer(llama: Path, small: Recipe) -> None:
     with pytest.raises(LosaError, match="needs its tokenizer"):
         losa.compress(tiny(), small)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(llama)  # it lies there too
+    assert losa.compress(loaded, changed(small, steps=1)).tokenizer.get_vocab() == tokenizer().get_vocab()
 
 
 def test_what_fails_early_leaves_nothing_and_replaces_nothing(llama: Path, tmp_path: Path, small: Recipe) -> None:

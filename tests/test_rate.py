@@ -132,3 +132,13 @@ def test_what_is_neither_a_number_nor_auto_is_refused(small: Recipe) -> None:
     with pytest.raises(LosaError, match="train_samples"):
         changed(small, learning_rate="auto", train_samples=2)
     assert type(from_settings({"learning_rate": 1}).learning_rate) is float
+
+
+def test_trials_show_how_far_they_are(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(Progress, "track", lambda _, items, what, *rest: shown.append(what) or iter(items))
+    monkeypatch.setattr(rates, "TRIAL", 1)
+    recipe = changed(small, steps=1, learning_rate="auto")
+    examples = training_examples(small.train_data, tokenizer(), 16, 24, 0)
+    rates.choose_rate(subject_of(recipe), recipe.build("recovery"), examples, recipe, 1, QUIET)
+    assert {"step 1/1: trying 0.002", "step 1/1: trying 0.004"} <= set(shown)

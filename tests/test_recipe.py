@@ -172,7 +172,7 @@ def test_what_is_no_int_is_refused(name: str, value: object) -> None:
     "settings",
     [
         {"allocator": "uniform", "allocation_samples": 1, "calibration_samples": 1},
-        {"recovery": "none", "train_samples": 1},
+        {"recovery": "none", "steps": 1, "train_samples": 1},
         {"pruner": "sparsegpt", "pruner_options": {"damp": 1, "block": 64}},
         {"allocator_options": {"delta": None}},
         {"device": "cuda:1"},
@@ -249,6 +249,19 @@ def test_comparisons_are_one_step_of_rank_8_and_uniform_rates(name: str, recover
     made = load(name)
     assert (made.recovery, made.steps, made.mean_rank) == (recovery, 1, 8)
     assert (made.allocator, made.rank_by) == ("uniform", "uniform")
+
+
+@pytest.mark.parametrize("name", ["paper", "demo"])
+@pytest.mark.parametrize("recovery", sorted(registry.RECOVERIES))
+def test_a_recovery_named_beside_a_recipe_takes_of_it_what_it_can(name: str, recovery: str) -> None:
+    method, made = registry.get("recovery", recovery), load(name, {"recovery": recovery})
+    assert made.steps == (1 if method.once else 5)
+    assert made.rank_by == method.rank_by[0]
+    assert made.calibration == load(name).calibration
+    if method.once:  # what is asked for beside it is not bent
+        with pytest.raises(LosaError, match="set steps to 1"):
+            load(name, {"recovery": recovery, "steps": 5})
+    assert load(None, {"recovery": "none"}).steps == 1
 
 
 def test_recipes_go_on_top_of_each_other(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_a_dense_model_is_refused_in_one_line(
 
 
 def test_recipes_of_the_other_kind_are_refused(small: Recipe, repairing: dict[str, Any]) -> None:
-    with pytest.raises(LosaError, match="recover takes a Repair"):
+    with pytest.raises(LosaError, match="a Recipe is no recipe: expected a Repair"):
         losa.recover(tiny(), small, tokenizer=tokenizer())
     with pytest.raises(LosaError, match="a Repair to losa"):
         losa.compress(tiny(), Repair(**repairing), tokenizer=tokenizer())

@@ -382,3 +382,9 @@ def test_its_colours_follow_the_reader(run: Path, tmp_path: Path, browser: chrom
     browser.look(1280, True)
     browser.wait("document.body.dataset.drawn === 'dark'")
     assert browser.value(color) != light
+
+
+def test_a_page_says_why_it_has_no_samples(llama: Path, text: Path, run: Path, tmp_path: Path) -> None:
+    assert "no samples" not in report([run], tmp_path / "with.html").read_text()
+    losa.compress(str(llama), Recipe(**two_steps(text) | {"sample_tokens": 0}), tmp_path / "without")
+    assert "no samples of what it writes" in report([tmp_path / "without"]).read_text()

@@ -155,7 +155,9 @@ def targeted(names: list[str], recipe: Recipe) -> set[str]:
     wanted = {name for name in names if re.search(TARGETS.get(recipe.targets, recipe.targets), name)}
     if not wanted:
         kinds = sorted({re.sub(r".*\.\d+\.", "", name) for name in names})
-        raise LosaError(f"targets {recipe.targets!r} match none of the linears: {', '.join(kinds)}")
+        raise LosaError(
+            f"targets {recipe.targets!r} match none of the linears: {', '.join(kinds)}; all, qv and qkvo stand for some"
+        )
     return wanted
 
 

@@ -172,8 +172,8 @@ def _measured(made: dict[str, Any]) -> str:
         f", its first {recipe['eval_tokens']:,} tokens" if recipe["eval_tokens"] else f", {sparse['tokens']:,} tokens"
     )
     return (
-        f"{table}\n\nPerplexity on {_data(recipe['eval_data'])[0]}{part}, in whole windows of at most "
-        f"{recipe['eval_window'] or 4096} tokens that do not overlap, each without context before it, all models computed "
+        f"{table}\n\nPerplexity on {_data(recipe['eval_data'])[0]}{part}, in whole windows of "
+        f"{sparse['window']:,} tokens that do not overlap, each without context before it, all models computed "
         "in the same way. Nothing else was measured: what the model has forgotten beyond that text is not known."
     )
 

@@ -14,13 +14,18 @@ from losa.errors import LosaError
 from losa.experiments import tables
 from losa.progress import heeding_interrupts
 
+# how what was interrupted goes on
+RESUMES = "; the same command with --resume goes on with a run"
+AGAIN = {commands.compress: RESUMES, commands.recover: RESUMES, commands.demo: RESUMES}
+AGAIN[commands.experiment] = "; the same command goes on"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it worked, 2 for what the user can mend, 130 if interrupted.
 
     Of several processes that torchrun started, rank 0 prints, and one says what went wrong.
     """
-    again = "the same command with --resume goes on with a run"
+    command: Any = None
     try:
         if distributed.launched() > 1:
             distributed.say_when_ended()
@@ -31,12 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             flags = [flag for action in args.parser._actions for flag in action.option_strings]
             raise registry.unknown("argument", unknown[0].partition("=")[0], flags)
-        if distributed.launched() > 1 and args.command not in (commands.compress, commands.recover):
+        command = args.command
+        if distributed.launched() > 1 and command not in (commands.compress, commands.recover):
             raise LosaError(f"{args.parser.prog} runs in one process: torchrun is for losa compress and losa recover")
-        if args.command is commands.experiment:
-            again = "the same command goes on"
         with heeding_interrupts():
-            summary = args.command(args)
+            summary = command(args)
         if args.json:
             print(json.dumps(summary))
         return 0
@@ -46,13 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
+        less = (
+            "; less is taken with --micro-batch-size 1, --checkpointing, --dtype bfloat16 and shorter sequences, and "
+        )
+        less += "--dry-run says how much"
+        runs = command in (commands.compress, commands.recover, commands.experiment)
         distributed.say_end(
-            f"out of memory ({str(error).splitlines()[0]}); less is taken with --micro-batch-size 1, --checkpointing, "
-            f"--dtype bfloat16 and shorter sequences, and --dry-run says how much; {again}"
+            f"out of memory ({str(error).splitlines()[0]}){less if runs else ''}{AGAIN.get(command, '')}"
         )
         return 2
     except KeyboardInterrupt:
-        distributed.say_end(f"interrupted; {again}")
+        distributed.say_end(f"interrupted{AGAIN.get(command, '')}")
         return 130
     except BrokenPipeError:
         return 1
@@ -208,6 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = command("demo", commands.demo, "the whole method on the built-in model, without any download")
     demo.add_argument("--output", type=Path, default=Path("losa-demo"), help="new folder (default: losa-demo)")
+    demo.add_argument("--resume", action="store_true", help="go on with the demo in --output")
     demo.add_argument("--overwrite", action="store_true", help="replace the demo in --output")
     demo.add_argument("--sparsity", type=float, help=commands.settings_by_name()["sparsity"].metadata["doc"])
     return parser

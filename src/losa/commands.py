@@ -152,6 +152,8 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
         f"memory{each} at its peak, about {size(planned['memory'])}{note}; disk, about {size(planned['disk'])}; the "
         f"{settings.format} model, about {size(planned['saved'])}"
     )
+    if planned["shortage"]:
+        print(planned["shortage"])
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -346,16 +348,20 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     _quiet_libraries()
     from losa.demo import run
 
-    found = run.demo(args.output, args.sparsity, args.overwrite, _progress(args))
+    chosen = {} if args.sparsity is None else {"sparsity": args.sparsity}
+    found = run.demo(args.output, chosen, args.resume, args.overwrite, _progress(args))
     if not args.json:
-        rows = [("", "perplexity", "sparsity", "weights kept", "on disk")]
+        rows = [("", "perplexity", "sparsity", "weights kept", "on disk", "packed")]
         for name, line in found["models"].items():
-            kept = f"{line['kept']:,}"
-            rows.append((name, number(line["perplexity"]), f"{line['sparsity']:.1%}", kept, size(line["bytes"])))
+            kept, packed = f"{line['kept']:,}", size(line["bytes_packed"]) if "bytes_packed" in line else ""
+            rows.append(
+                (name, number(line["perplexity"]), f"{line['sparsity']:.1%}", kept, size(line["bytes"]), packed)
+            )
         print_table(rows)
         for name, text in found["samples"].items():
             print(f"\n{name} continues {found['prompt']!r}:\n{text}")
-        print(f"\nthe LoSA model is in {found['output']}: losa report {found['output']} shows how it was made")
+        print(f"\nthe LoSA model is in {found['output']}, and without its zeros in {found['packed']}")
+        print(f"losa report {found['output']} shows how it was made")
     return found
 
 

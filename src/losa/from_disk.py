@@ -154,10 +154,10 @@ class Text:
         names: Sequence[str] = ("perplexity", "sample_perplexity"),
     ) -> None:
         self._subject, self._streams = subject, {}  # type: Subject, dict[str, Stream]
-        self.names, self.tokens, text = names, 0, inputs.evaluation
+        self.names, self.tokens, self.window, text = names, 0, None, inputs.evaluation
         if text is None:
             return
-        window = model.reading_window(subject.model.config, recipe.eval_window)
+        window = self.window = model.reading_window(subject.model.config, recipe.eval_window)
         wanted, self.tokens = recipe.eval_step_tokens, len(text)
         texts = {"perplexity": text}
         if wanted and ("perplexity" not in names or wanted < len(text)):  # else it is all of it
@@ -175,8 +175,10 @@ class Text:
             stream.advance(block)
 
     def measure(self) -> dict[str, Any]:
-        """Behind all blocks: the perplexities, None of what is not wanted or not there, and how many tokens were read."""
-        found: dict[str, Any] = dict.fromkeys(("perplexity", "sample_perplexity")) | {"tokens": self.tokens}
+        """Behind all blocks: the perplexities, None of what is not wanted or not there, and how many tokens were read, and
+        at once."""
+        found: dict[str, Any] = dict.fromkeys(("perplexity", "sample_perplexity"))
+        found |= {"tokens": self.tokens, "window": self.window}
         for name, stream in self._streams.items():
             found[name] = evaluate.perplexity_behind(stream, self._subject.model, self._subject.blocks)
         if self._streams and "perplexity" in self.names and self._same:

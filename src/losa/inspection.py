@@ -141,6 +141,7 @@ def plan(source: str, recipe: Recipe) -> dict[str, Any]:
         ],
         "processes": processes,
         "memory": round(way.memory),
+        "shortage": way.shortage,
         "memory_parts": {name: round(part) for name, part in way.parts.items()},
         "model_on_disk": way.from_disk,
         "activations_on_disk": way.spill,

@@ -11,15 +11,16 @@ from losa.run import Run
 
 
 def measure(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> dict[str, Any]:
-    """Perplexity on the evaluation text, None without one; on the sample of it that steps are measured on; tokens read."""
+    """Perplexity on the evaluation text, None without one; on the sample of it that steps are measured on; how many tokens
+    were read, and how many at once."""
     if inputs.evaluation is None:
-        return {"perplexity": None, "sample_perplexity": None, "tokens": 0}
+        return {"perplexity": None, "sample_perplexity": None, "tokens": 0, "window": None}
     with run.phase("perplexity"), sharding.spread(subject, recipe) as whole:
         window = model.reading_window(subject.model.config, recipe.eval_window)
         found = evaluate.perplexity(whole, inputs.evaluation, window, progress=run.progress)
     same = recipe.eval_step_tokens >= len(inputs.evaluation)
     part = found if same else measure_step(subject, recipe, inputs, None, run)
-    return {"perplexity": found, "sample_perplexity": part, "tokens": len(inputs.evaluation)}
+    return {"perplexity": found, "sample_perplexity": part, "tokens": len(inputs.evaluation), "window": window}
 
 
 def measure_step(subject: Subject, recipe: Recipe, inputs: Inputs, step: int | None, run: Run) -> float | None:

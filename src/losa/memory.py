@@ -28,17 +28,27 @@ WIKITEXT = 300_000  # tokens of evaluation text, where nobody knows yet
 class Way:
     """How a run lives in its memory, and what it takes at its peak, by part; `memory` is the whole.
 
-    `free`: what there is, where that is less.
+    `free`: what there is, where that is less; `reason`: then, why the model cannot stay on disk.
     """
 
     from_disk: bool
     spill: bool
     parts: dict[str, float]
     free: float | None = None
+    reason: str = ""
 
     @property
     def memory(self) -> float:
         return PROCESS + self.parts["model"] + max(v for name, v in self.parts.items() if name != "model")
+
+    @property
+    def shortage(self) -> str:
+        """What to say where there may be too little memory; empty where there is enough."""
+        if self.free is None:
+            return ""
+        held = f"; the model has to be in memory, for {self.reason}" if self.reason else ""
+        need, free = gigabytes(self.memory), gigabytes(self.free)
+        return f"memory may not suffice: about {need} is needed at the peak, {free} is free{held}"
 
     def __str__(self) -> str:
         where = "on disk, block by block" if self.from_disk else "in memory"
@@ -69,7 +79,7 @@ def choose(source: Any, recipe: Recipe, config: Any, saves: bool = True, from_di
             return way
     least = min(found, key=lambda way: way.memory)
     if limit is None:
-        return replace(least, free=_free(source, least, recipe))
+        return replace(least, free=_free(source, least, recipe), reason=reason)
     what = "one block of the model and what pruning it takes" if least.from_disk else "the model and what the run takes"
     note = f"; it has to be in memory, for {reason}" if reason else ""
     raise LosaError(f"memory {recipe.memory} is too small for {what}: about {gigabytes(least.memory)} would do{note}")

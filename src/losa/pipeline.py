@@ -29,10 +29,11 @@ from losa.blocks import Block, Subject, prunable
 from losa.errors import LosaError
 from losa.inputs import Inputs, allocation_samples, check_same, fingerprint
 from losa.measuring import measure, measure_step, sample
+from losa.model import ADAPTER
 from losa.progress import Progress
 from losa.pruners.base import Pruner
 from losa.pruning import of_all, prune_block, reconstruction_error, sampled_positions
-from losa.recipe import Recipe, from_settings, load
+from losa.recipe import Recipe, recipe_of
 from losa.recovery.base import Recovery
 from losa.recovery.distillation import Teacher, teacher_of
 from losa.recovery.low_rank import MaskedLowRank
@@ -65,7 +66,7 @@ class State:
 
 def compress(
     source: Any,
-    recipe: Recipe | dict[str, Any] | str,
+    recipe: Recipe | dict[str, Any] | str | Path,
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
@@ -76,15 +77,15 @@ def compress(
     """Prune `source`, win its quality back, merge, save.
 
     source: a local folder, a name on the hub, `demo`, or a loaded causal language model, which is changed in place and
-    needs its `tokenizer`. recipe: a Recipe, a dict of settings that differ from its defaults, or the name of one. output: a new folder
+    needs its `tokenizer` unless it was loaded from where that lies, too. recipe: a Recipe, a dict of settings that differ from
+    its defaults, or the name or file of one. output: a new folder
     that becomes an ordinary Hugging Face model with losa.json and masks.safetensors beside it, and holds the run in
     run/; None saves nothing. resume: go on with the run in `output`. Several processes that torchrun started do it
     together, each with its share of the sequences and rows; rank 0 writes, and all return the same.
     Raises LosaError for bad input, before the model loads where it can be known by then.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load(recipe) if isinstance(recipe, str) else from_settings(recipe)
-    if not recipe.prunes:
+    made = recipe_of(recipe)
+    if not made.prunes:
         raise LosaError("compress prunes: give it a Recipe, and a Repair to losa.recover")
 
     def begin(subject: Subject, recipe: Recipe, inputs: Inputs) -> Callable[[Run], Result]:
@@ -93,7 +94,7 @@ def compress(
         work = from_disk.compress if subject.home else _compress
         return lambda run: work(subject, recipe, inputs, run)
 
-    return start(source, recipe, output, begin, tokenizer, resume, overwrite, progress)
+    return start(source, made, output, begin, tokenizer, resume, overwrite, progress)
 
 
 def _compress(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> Result:
@@ -156,7 +157,8 @@ def finish(
         found = measure(subject, recipe, inputs, run)
         sample(subject, recipe, inputs, "sparse", run)
         pairs, bits = export.take_pairs(subject), subject.merge()
-        found |= counted(bits, subject)
+        found |= counted(bits, subject) | {"loads": f"transformers, and PEFT for the pairs in {ADAPTER}/"}
+        run.say(f"recovery {recipe.recovery!r} does not merge: its pairs stay apart, and what is measured is with them")
     subject.narrow()
     found["size"] = subject.size + sum(a.nbytes + b.nbytes for a, b in (pairs or {}).values())
     measurements = {**before, "sparse": found}

@@ -344,6 +344,18 @@ def _settings_of(name_or_path: str) -> dict[str, Any]:
     return settings
 
 
+def recipe_of(what: Any, kind: type[Recipe] = Recipe) -> Recipe:
+    """A recipe of that kind from itself, a dict of settings, or the name or file of one. Raises LosaError for all else."""
+    if isinstance(what, str | Path):
+        return load(str(what), kind=kind)
+    if isinstance(what, dict):
+        return from_settings(what, kind)
+    if isinstance(what, kind):
+        return what
+    named = f"a {kind.__name__}, a dict of settings, or the name or file of a recipe"
+    raise LosaError(f"a {type(what).__name__} is no recipe: expected {named}")
+
+
 def from_settings(settings: dict[str, Any], kind: type[Recipe] = Recipe) -> Recipe:
     """A recipe from a plain dict. Unknown names raise LosaError with the nearest valid one."""
     known = {f.name: f for f in dataclasses.fields(Recipe)}

@@ -19,6 +19,7 @@ TARGETS = {
     "qv": r".*\b(q_proj|v_proj)$",  # where q, k and v are one linear, nothing
     "qkvo": r"\b(q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|query_key_value)$|attention\.dense$",
 }
+TARGETS |= {",".join(name): pattern for name, pattern in TARGETS.items() if name != "all"}  # q,v as well
 
 
 def check(recipe: "Recipe") -> None:

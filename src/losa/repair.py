@@ -19,7 +19,7 @@ from losa.inputs import Inputs, check_same, fingerprint
 from losa.measuring import measure_step
 from losa.pipeline import State
 from losa.progress import Progress
-from losa.recipe import Recipe, from_settings, load
+from losa.recipe import Recipe, recipe_of
 from losa.repair_recipe import Repair
 from losa.run import Run
 from losa.starting import Result, start
@@ -128,7 +128,7 @@ def say_dense(found: Found, run: Run) -> None:
 
 def recover(
     source: Any,
-    recipe: Repair | dict[str, Any] | str,
+    recipe: Repair | dict[str, Any] | str | Path,
     output: str | Path | None = None,
     *,
     tokenizer: Any = None,
@@ -140,20 +140,11 @@ def recover(
 
     The mask of a linear is what masks.safetensors beside the model says of it, else its zeros, whatever made them. A
     linear with less than 1% zeros, or one whose saved mask keeps everything, is adapted as a dense one. recipe: a Repair,
-    a dict of settings that differ from its defaults, or the name of a recipe, of which the part that is not about pruning
+    a dict of settings that differ from its defaults, or the name or file of a recipe, of which the part that is not about pruning
     counts. All other arguments, and the result, are those of `compress`; `history` has one step without errors, since
     these compare with the dense model. Raises LosaError for bad input and for a model that is not sparse, before
     anything is written.
     """
-    made = recipe
-    if isinstance(made, str):
-        made = load(made, kind=Repair)  # type: ignore[assignment]
-    elif isinstance(made, dict):
-        made = from_settings(made, kind=Repair)  # type: ignore[assignment]
-    if not isinstance(made, Repair):
-        raise LosaError(
-            f"recover takes a Repair, a dict of settings or the name of a recipe, not a {type(made).__name__}"
-        )
 
     def begin(subject: Subject, recipe: Recipe, inputs: Inputs) -> Callable[[Run], Result]:
         assert isinstance(recipe, Repair)
@@ -162,7 +153,7 @@ def recover(
         known = recipe.found(found.sparsity)
         return lambda run: _recover(subject, known, inputs, found, run)
 
-    return start(source, made, output, begin, tokenizer, resume, overwrite, progress)
+    return start(source, recipe_of(recipe, Repair), output, begin, tokenizer, resume, overwrite, progress)
 
 
 def _recover(subject: Subject, recipe: Recipe, inputs: Inputs, found: Found, run: Run) -> Result:
@@ -205,8 +196,8 @@ def plan(source: str, recipe: Repair) -> dict[str, Any]:
 
     Adds `sparsity` and `dense`, the linears without a mask, to what `inspection.plan` says.
     """
-    folder = Path(model.locate(source))
-    if not folder.is_dir():
+    model.locate(source)  # says what is wrong with it
+    if (folder := model.folder_of(source)) is None:
         raise LosaError(f"--dry-run counts zeros in the model's files: download {source!r}, and name its folder")
     whole = model.skeleton(model.load_config(source))
     weights = Checkpoint(folder, places=experts.stored(whole))

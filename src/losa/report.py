@@ -277,10 +277,15 @@ def _absent(stories: list[Story]) -> list[str]:
     notes = []
     for s in stories:
         who = f"{s.name}: " if len(stories) > 1 else ""
-        if not (s.folder / "run" / "log.jsonl").is_file():
+        logged = (s.folder / "run" / "log.jsonl").is_file()
+        if not logged:
             notes.append(f"{who}no losses, times or samples: the run's log (run/log.jsonl) is not there.")
         elif s.command == "compress" and s.history and not any("rmi" in seen for seen in s.evidence.values()):
             notes.append(f"{who}no RMI matrix: allocator {s.recipe['allocator']} does not compute it.")
+        if logged and s.status == "finished" and not s.samples:
+            notes.append(
+                f"{who}no samples of what it writes: from disk, and without prompts or sample_tokens, none are made."
+            )
         if s.unread:
             lines = "1 line of the log was" if s.unread == 1 else f"{s.unread} lines of the log were"
             notes.append(f"{who}{lines} broken, as a kill leaves them, and left out.")

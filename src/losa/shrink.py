@@ -20,7 +20,7 @@ from losa.recipe import Recipe
 from losa.structure import find
 from losa.widths import attentions, linear_like, recount, resize
 
-PLAIN, OURS = "transformers", "transformers, after import losa"
+PLAIN, OURS = "transformers", "transformers, after import losa"  # what loads a saved model
 
 
 @torch.no_grad()

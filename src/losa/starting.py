@@ -89,9 +89,10 @@ def _start(
     if output is None and recipe.distill and recipe.teacher == "cached":
         raise LosaError("a cached teacher's predictions are kept in the run: name an output, or set teacher to live")
     if tokenizer is None:
-        if not isinstance(source, str):
+        place = source if isinstance(source, str) else config.name_or_path  # empty if it was not loaded by transformers
+        if not place:
             raise LosaError(f"a loaded model ({name}) needs its tokenizer: pass tokenizer=")
-        tokenizer = model.load_tokenizer(source, config)
+        tokenizer = model.load_tokenizer(place, config)
     else:
         data.check_tokenizer(tokenizer, config.get_text_config().vocab_size)
     if teacher := recipe.teacher_model:
@@ -105,9 +106,8 @@ def _start(
             if run.finished:
                 return finished(run, recipe, tokenizer)
         way = memory.choose(source, recipe, config, output is not None, run.from_disk)
-        if way.free is not None:
-            need, free = memory.gigabytes(way.memory), memory.gigabytes(way.free)
-            run.say(f"memory may not suffice: about {need} is needed at the peak, {free} is free")
+        if way.shortage:
+            run.say(way.shortage)
         with run.phase("reading"):
             inputs = read(recipe, tokenizer, config)
             settled = with_rows(recipe, len(inputs.examples))

@@ -195,6 +195,9 @@ class Cells:
         self.output = output
         if output.exists() and not output.is_dir():
             raise LosaError(f"output {str(output)!r} is a file: name a folder")
+        ours = (output / "cells").is_dir() or (output / "experiments.json").is_file()
+        if output.is_dir() and any(output.iterdir()) and not ours:
+            raise LosaError(f"output {str(output)!r} exists and holds no cells of losa: name another folder")
 
     def path(self, cell: Cell) -> Path:
         return self.output / "cells" / f"{cell.key}.json"

@@ -1,6 +1,7 @@
 """What `losa experiment` does: find the cells of the tables that are asked for, run those that are not there, show all."""
 
 import dataclasses
+import importlib.util
 import re
 import statistics
 from collections.abc import Sequence
@@ -81,6 +82,8 @@ def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[
         "tables": [grid.to_json() for grid in shown],
     }
     show.write(asked.output, shown, summary)
+    if importlib.util.find_spec("plotly") is None:
+        progress.say("no experiments.html: its pictures need plotly (pip install 'losa[report]')")
     if asked.markdown:
         show.put_markdown(asked.markdown, shown)
     return summary

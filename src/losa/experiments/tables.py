@@ -153,7 +153,9 @@ def _curve(name: str, title: str, setting: str, values: Iterable[float], what: s
             return "not all of it has been measured"
         best = min(means, key=lambda row: means[row])
         holds = "holds" if best not in (ends[0], ends[-1]) else "does not hold"
-        return f"{holds}: lowest at {what} {best} ({means[best]:.2f}; {means[ends[0]]:.2f} at {ends[0]}, {means[ends[-1]]:.2f} at {ends[-1]})"
+        beside = ", ".join(f"{means[end]:.2f} at {end}" for end in (ends[0], ends[-1]))
+        seeds = min(len(found[row, "perplexity"]) for row in ends)
+        return f"{holds}: lowest at {what} {best} ({means[best]:.2f}; {beside}); {'one seed' if seeds == 1 else f'{seeds} seeds'}"
 
     claim = Claim(f"There is a best {what}, and more is worse again", check=inside)
     return Table(name, title, grid({r: LOSA | s for r, s in rows.items()}, {"perplexity": {}}), HIGH, (claim,))

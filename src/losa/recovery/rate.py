@@ -1,7 +1,8 @@
 """The learning rate, chosen by short trials: the best on held-out rows of the recovery data, in factors of two."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -9,18 +10,29 @@ from losa import data, distributed, sharding
 from losa.adapters import MaskedLinear
 from losa.blocks import Subject
 from losa.errors import LosaError
-from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.recovery.base import Recovery
 from losa.recovery.training import next_token_loss
-
-if TYPE_CHECKING:
-    from losa.run import Run
+from losa.run import Run
 
 START = 2e-3
 LOWEST, HIGHEST = 1e-5, 0.1
 TRIAL = 24  # updates of a trial, at most
 HELD = 64  # rows that a trial is judged by, at most a fifth of what there is
+
+
+class Trial(Run):
+    """What a trial takes for its run: keeps nothing, and shows only how far it is, as `what`."""
+
+    def __init__(self, run: Run, what: str) -> None:
+        super().__init__(None, run.progress)
+        self.what = what
+
+    def track(self, items: Sequence[Any], what: str, unit: str = "block", done: int = 0) -> Iterator[Any]:
+        return super().track(items, self.what, unit, done)
+
+    def say(self, line: str) -> None:
+        pass
 
 
 def settled(
@@ -30,7 +42,7 @@ def settled(
     recipe: Recipe,
     step: int,
     history: list[dict[str, Any]],
-    run: "Run",
+    run: Run,
 ) -> Recipe:
     """`recipe` with a number for its learning rate, searched for if it says auto; the step's record is told.
 
@@ -52,15 +64,13 @@ def settled(
 
 
 def choose_rate(
-    subject: Subject, recovery: Recovery, examples: list[data.Example], recipe: Recipe, step: int, run: "Run"
+    subject: Subject, recovery: Recovery, examples: list[data.Example], recipe: Recipe, step: int, run: Run
 ) -> float:
     """The learning rate whose trial leaves the lowest next-token loss on rows that no trial has seen.
 
     A trial is a whole recovery, warm-up and decay included, of few updates; then the model is put back as it was. From
     START on, in the direction that is better as long as it is. What diverges loses. Raises LosaError if everything does.
     """
-    from losa.run import Run
-
     held = examples[-max(1, min(HELD, len(examples) // 5)) :]
     rows = examples[: min(TRIAL * recipe.batch_size, len(examples) - len(held)) or 1]
     linears = [linear for block in subject.blocks for linear in block.masked.values()]
@@ -71,7 +81,7 @@ def choose_rate(
         if rate not in found and LOWEST <= rate <= HIGHEST:
             brief = recipe.at(learning_rate=rate, epochs=1)
             try:
-                recovery.recover(subject, rows, brief, step, Run(None, Progress(quiet=True)))
+                recovery.recover(subject, rows, brief, step, Trial(run, f"step {step}/{recipe.steps}: trying {rate:g}"))
                 loss = held_out_loss(subject, held, recipe)
                 found[rate] = loss if math.isfinite(loss) else math.inf  # NaN is not more than anything
             except LosaError:
