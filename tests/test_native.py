@@ -107,6 +107,47 @@ def test_an_old_compiler_leaves_a_kernel_out(
     library = ctypes.CDLL(str(native.build()))
     assert hasattr(library, "losa_multiply_portable") and not hasattr(library, "losa_multiply_avx2")
     assert "kernel avx2 is left out" in caplog.text and "-mnew" in caplog.text
+    caplog.clear()
+    assert native.build().parent == cache
+    assert "kernel avx2 is left out" in caplog.text and "-mnew" in caplog.text  # said by every process, built by one
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("kill -9 $$", "killed by signal 9"),
+        ('echo "c++: fatal error: Killed signal terminated program cc1plus" >&2; exit 1', "terminated program cc1plus"),
+        ('echo "fatal error: error writing to x.s: No space left on device" >&2; exit 1', "No space left on device"),
+    ],
+)
+def test_a_compiler_that_fails_once(
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trouble: str,
+    said: str,
+) -> None:
+    """The next process has all kernels."""
+    sources = tmp_path / "csrc"
+    shutil.copytree(native.CSRC, sources)
+    (sources / "another.cpp").write_text('extern "C" int losa_another() { return 1; }')
+    monkeypatch.setattr(native, "CSRC", sources)
+    monkeypatch.setattr(native, "SOURCES", SMALL | {"another": ()})
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    broken = tmp_path / "broken"
+    broken.touch()
+    script = f'case "$*" in *another.cpp*) if [ -e {broken} ]; then {trouble}; fi;; esac; exec $real "$@"'
+    monkeypatch.setenv("CXX", fake(tmp_path, script))
+    path = native.build()
+    library = ctypes.CDLL(str(path))
+    assert hasattr(library, "losa_multiply_portable") and not hasattr(library, "losa_another")
+    assert path.parent != cache and {file.name for file in cache.iterdir()} == {"lock"}
+    assert "kernel another is left out" in caplog.text and said in caplog.text and "tried again" in caplog.text
+    broken.unlink()
+    caplog.clear()
+    path = native.build()
+    assert path.parent == cache and hasattr(ctypes.CDLL(str(path)), "losa_another") and not caplog.records
 
 
 def test_another_processor_gets_the_portable_kernel_only(monkeypatch: pytest.MonkeyPatch) -> None:
