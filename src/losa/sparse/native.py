@@ -157,6 +157,7 @@ def _compile(command: Sequence[str], path: Path) -> Path:
             raise Unavailable(f"{command[0]} does not link the kernels: {done}")
         if any("tried again" in line for line in lacking):
             path = _passing_folder() / path.name
+        _reasons(path).unlink(missing_ok=True)  # of a build that was killed
         if lacking:
             _reasons(path).write_text("; ".join(lacking))
         shutil.move(linked, path)
