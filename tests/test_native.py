@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LONG
+from conftest import FUZZ, LONG
 
 from losa.sparse import native
 
@@ -184,6 +184,38 @@ def test_a_cache_that_cannot_be_written(
     path = native.build()
     assert path.exists() and not path.is_relative_to(tmp_path / "file")
     assert "cannot be written" in caplog.text
+
+
+def test_random_products_and_steps_under_sanitizers(tmp_path: Path) -> None:
+    """`make fuzz` in short, of what needs no particular processor."""
+    try:
+        command = native.compiler()
+    except native.Unavailable as error:
+        pytest.skip(str(error))
+    command += [
+        "-std=c++17",
+        "-O0",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-pthread",
+    ]
+    (tmp_path / "nothing.cpp").write_text("int main() { return 0; }")
+    probe = tmp_path / "nothing"
+    for step in ([*command, f"{probe}.cpp", "-o", str(probe)], [str(probe)]):
+        done = subprocess.run(step, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{command[0]} has no sanitizers here: {done.stderr.strip().splitlines()[-1:]}")
+    here = Path(__file__).parent
+    sources = [str(native.CSRC / f"{name}.cpp") for name in ("common", "avx512", "avx512_bf16")]
+    emulated = ["-DLOSA_FUZZ_EMULATED", "-I", str(here / "emulated")]
+    fuzz = str(tmp_path / "fuzz")
+    subprocess.run([*command, *emulated, str(here / "fuzz_kernels.cpp"), *sources, "-o", fuzz, "-ldl"], check=True)
+    for seed in range(20 * FUZZ):
+        done = subprocess.run([fuzz, "0", str(seed)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_error_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
