@@ -30,7 +30,7 @@ FUZZ_SECONDS ?= 60
 fuzz:
 	mkdir -p build
 	$(SANITIZED) -mavx2 -mfma -mf16c -mbmi2 -mpopcnt -c $(CSRC)/avx2.cpp -o build/avx2.o
-	$(SANITIZED) tests/fuzz_kernels.cpp $(CSRC)/common.cpp $(CSRC)/portable.cpp build/avx2.o -o build/fuzz -ldl
+	$(SANITIZED) tests/fuzz_kernels.cpp $(CSRC)/common.cpp build/avx2.o -o build/fuzz -ldl
 	$(SANITIZED) -DLOSA_FUZZ_EMULATED -Itests/emulated tests/fuzz_kernels.cpp $(CSRC)/common.cpp $(CSRC)/avx512.cpp \
 	    $(CSRC)/avx512_bf16.cpp -o build/fuzz512 -ldl
 	build/fuzz $(FUZZ_SECONDS)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,7 @@ def decoding(args: argparse.Namespace, blocks: int) -> None:
     """All in turns; prints a line for each."""
     import torch
 
-    from losa import bench
+    from losa import bench, speed
 
     who: dict[str, Any] = {}
     dense = build(args.shape, blocks, None)
@@ -276,13 +277,12 @@ def decoding(args: argparse.Namespace, blocks: int) -> None:
     if args.llama:
         for kind in ("BF16", "Q8_0", "Q4_0"):
             who[f"llama.cpp {kind}"] = LlamaCpp(args.llama, kind, args, blocks)
-    times: dict[str, list[float]] = {name: [] for name in who}
-    for turn in range(args.rounds + 1):
-        for name, one in who.items():
-            time.sleep(PAUSE)
-            took = statistics.median(one.seconds(args.tokens))
-            if turn:  # the first warms up
-                times[name].append(took)
+
+    def median(one: Any) -> float:
+        time.sleep(PAUSE)
+        return statistics.median(one.seconds(args.tokens))
+
+    times = speed.in_turns({name: partial(median, one) for name, one in who.items()}, args.rounds)
     base = "llama.cpp BF16" if args.llama else "dense"
     for name, one in who.items():
         line = {
@@ -312,23 +312,26 @@ def kernel(one: Any) -> str | None:
 
 def ratio(above: list[float], below: list[float]) -> float:
     """Median of ratios of neighbours."""
-    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
+    from losa import speed
+
+    return round(speed.ratios_of(above, below)[1], 3)
 
 
 def prefill(args: argparse.Namespace, blocks: int) -> None:
     """512 tokens at once, packed at 70% over dense."""
     import torch
 
+    from losa import speed
+
     whole = {"dense": build(args.shape, blocks, None), "packed 70%": build(args.shape, blocks, 0.7)}
     ids = torch.randint(3, 30000, (1, 512))
-    times: dict[str, list[float]] = {name: [] for name in whole}
-    for turn in range(args.rounds + 1):
-        for name, model in whole.items():
-            began = time.perf_counter()
-            with torch.no_grad():
-                model(input_ids=ids, logits_to_keep=1)
-            if turn:
-                times[name].append(time.perf_counter() - began)
+
+    def read(model: Any) -> float:
+        began = time.perf_counter()
+        model(input_ids=ids, logits_to_keep=1)
+        return time.perf_counter() - began
+
+    times = speed.in_turns({name: partial(read, model) for name, model in whole.items()}, args.rounds)
     seconds = {name: round(statistics.median(t), 3) for name, t in times.items()}
     over = ratio(times["dense"], times["packed 70%"])
     print(json.dumps({"benchmark": "prefill", "shape": args.shape, "blocks": blocks, "s": seconds, "over_dense": over}))
@@ -376,7 +379,7 @@ def main() -> None:
     parser.add_argument("--llama", metavar="PYTHON")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tokens", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="at least 2")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     blocks = args.blocks or SHAPES[args.shape][4]

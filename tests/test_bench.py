@@ -1,6 +1,8 @@
 """losa bench kernel: what it says, and that it times nothing that is wrong."""
 
 import json
+from functools import partial
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,7 +69,7 @@ def test_a_slow_opponent_sits_most_rounds_out(rounds: int, monkeypatch: pytest.M
     assert found["speedup_over_torch_bf16_quartiles"] == [1, 1]
     clock = Clock({1})
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=clock.perf_counter))
-    times = bench._times({who: bench.Opponent([lambda: None], 8) for who in ("quick", "slow")}, rounds)
+    times = bench._times({who: bench.Opponent([lambda: None], 8, repeat(0)) for who in ("quick", "slow")}, rounds)
     assert (
         all(times["quick"])
         and [bool(ms) for ms in times["slow"]]
@@ -77,6 +79,31 @@ def test_a_slow_opponent_sits_most_rounds_out(rounds: int, monkeypatch: pytest.M
             11: [True, *[False] * 7, True, False, True],
         }[rounds]
     )
+
+
+@pytest.mark.parametrize("shape", [(48, 200), (48, 256), (300, 200)])
+def test_nobody_finds_a_matrix_in_the_cache(shape: tuple[int, int]) -> None:
+    """Between two readings of one, whoever reads, more than a last-level cache holds is read."""
+    cache = bench.last_level_cache()
+    packs = [bench._in_pages(p) for p in bench._packs(*shape, 0.7, torch.bfloat16, bench.CACHES * cache)]
+    kernel = cpu.Portable()
+    opponents = bench._opponents(packs, torch.randn(1, shape[1]).bfloat16(), kernel, bench.CACHES * cache)
+    read: list[tuple[Any, int]] = []
+
+    def place(call: Any) -> Any:
+        first, last = call.args[0], call.args[-1]
+        return last.values.data_ptr() if isinstance(last, Packed) else getattr(last, "data_ptr", lambda: first)()
+
+    for opponent in opponents.values():
+        opponent.calls = [partial(read.append, (place(call), opponent.bytes)) for call in opponent.calls]
+    bench._times(opponents, 20)
+    assert len(opponents) == 7 and len(read) == 7 * 21
+    last: dict[Any, int] = {}
+    for i, (where, _) in enumerate(read):
+        between = {other: size for other, size in read[last.get(where, i) + 1 : i] if other != where}
+        assert where not in last or sum(between.values()) > cache
+        last[where] = i
+    assert len(last) >= 2 * 3
 
 
 @pytest.mark.parametrize("rows", [2, cpu.ROWS + 1])

@@ -2,9 +2,12 @@
 
 import copy
 import ctypes
+import gc
 import inspect
 import mmap
 import pickle
+import re
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from losa.sparse import cache, cpu, decoding, kernels, native
 from losa.sparse.linear import PackedLinear, pack_model, unpack_model
 from losa.sparse.packed import pack
 from losa.sparse.pages import Pages, _of_a_file, leave
-from losa.sparse.steps import WALL, _sums
+from losa.sparse.steps import WALL
 
 KINDS = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
 FORMS: dict[str, Any] = {"dense": None, "packed": None, "int8": torch.int8}
@@ -224,7 +227,10 @@ def test_sums_of_groups() -> None:
     packed = pack(torch.randn(7, 600), mask, torch.int8)
     values = torch.zeros(7, 600, dtype=torch.int64).masked_scatter_(mask, packed.values.long())
     sums = torch.stack([values[:, begin : begin + 256].sum(dim=1) for begin in (0, 256, 512)], dim=1)
-    assert torch.equal(_sums(packed).long(), sums)
+    for threads in (1, 3):
+        found = torch.full((7, 3), 99, dtype=torch.int16)
+        cpu.function("losa_sums")(ctypes.byref(cpu.matrix(packed)), found.data_ptr(), threads)
+        assert torch.equal(found.long(), sums)
 
 
 # ----------------------------------------------------------------------------------------------------- caches, masks
@@ -406,6 +412,192 @@ def test_follows_what_becomes_of_the_model() -> None:
     assert error(stepped(whole), before) < 2e-6 and whole.forward.tokens > tokens
 
 
+def test_does_not_keep_its_model_alive() -> None:
+    whole = made()
+    stepped(whole)
+    weights = weakref.ref(whole.lm_head.weight)
+    gc.disable()
+    try:
+        del whole
+        assert weights() is None
+    finally:
+        gc.enable()
+
+
+def uneven() -> Any:
+    config = transformers.Qwen2Config(**GATED | {"hidden_size": 40, "intermediate_size": 77})
+    whole = transformers.Qwen2ForCausalLM(config).eval()
+    for parameter in whole.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_follows_what_is_written_past_autograd(dtype: torch.dtype) -> None:
+    """`.data` counts no version: there must be no copies of weights."""
+    for whole in (made(uneven(), dtype=dtype), made("qwen3", dtype=dtype)):
+        before = stepped(whole)
+        for name, parameter in whole.named_parameters():
+            if "layers.0" in name or "layers" not in name:
+                parameter.data += 0.5 * torch.randn_like(parameter)
+                tokens, found = whole.forward.tokens, stepped(whole)
+                assert whole.forward.tokens > tokens
+                assert torch.equal(found, stepped(copy.deepcopy(whole))) and not torch.equal(found, before), name
+                before = found
+        assert error(before, wanted(whole)) < (2e-6 if dtype == torch.float32 else 0.05)
+
+
+@torch.no_grad()
+def test_follows_packed_values_from_text_to_text(kernel: str) -> None:
+    """Their sums are what one kernel keeps a copy of."""
+    whole = made("llama", "int8")
+    before = stepped(whole)
+    for linear in (whole.model.layers[0].mlp.up_proj, whole.model.layers[2].self_attn.v_proj):
+        linear.weight.data.clamp_(min=-20)
+        found = stepped(whole)
+        assert error(found, wanted(whole)) < (1e-4 if kernel == "avx512-bf16" else 2e-6) < 1e-3 < error(found, before)
+        before = found
+    assert whole.forward.tokens == 3 * found.shape[1]
+
+
+@torch.no_grad()
+def test_follows_the_rotary_embedding() -> None:
+    whole = made()
+    before = stepped(whole)
+    rotary = whole.model.rotary_emb
+    rotary.inv_freq.mul_(0.5)
+    for change in (
+        lambda: None,
+        lambda: rotary.inv_freq.data.mul_(3),
+        lambda: setattr(rotary, "attention_scaling", 1.5),
+        lambda: setattr(rotary, "inv_freq", rotary.inv_freq * 0.1),
+        lambda: setattr(
+            whole.model,
+            "rotary_emb",
+            type(rotary)(
+                transformers.LlamaConfig(**GATED, rope_parameters={"rope_type": "default", "rope_theta": 7.0})
+            ),
+        ),
+    ):
+        change()
+        tokens, found = whole.forward.tokens, stepped(whole)
+        assert whole.forward.tokens > tokens
+        assert error(found, wanted(whole)) < 2e-6 < error(found, before)
+        before = found
+
+
+@torch.no_grad()
+def test_follows_numbers_of_modules() -> None:
+    whole = made("qwen3")
+    before = stepped(whole)
+    layer = whole.model.layers[1]
+    for module, name, value in (
+        (layer.input_layernorm, "variance_epsilon", 0.1),
+        (layer.self_attn, "scaling", 0.7),
+    ):
+        setattr(module, name, value)
+        tokens, found = whole.forward.tokens, stepped(whole)
+        assert whole.forward.tokens > tokens
+        assert error(found, wanted(whole)) < 2e-6 < error(found, before)
+        before = found
+    layer.self_attn.q_norm.variance_epsilon = layer.self_attn.k_norm.variance_epsilon = 0.3
+    found = stepped(whole)
+    assert error(found, wanted(whole)) < 2e-6 < error(found, before)
+
+
+@torch.no_grad()
+def test_a_text_goes_on_in_another_type() -> None:
+    """The cache is of the old one then: it is the model's own forward's."""
+    whole = made()
+    past = DynamicCache(config=whole.config)
+    whole(input_ids=TEXT[:, :PROMPT], past_key_values=past)
+    whole(input_ids=TEXT[:, PROMPT : PROMPT + 1], past_key_values=past)
+    assert whole.forward.tokens == 1
+    whole.bfloat16()
+    with pytest.raises(RuntimeError):
+        whole(input_ids=TEXT[:, PROMPT + 1 : PROMPT + 2], past_key_values=past)
+
+
+class Doubling(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 2 * super().forward(ids)
+
+
+class OtherNorm(nn.Module):
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = like.weight, like.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def other_forward(whole: Any) -> None:
+    mlp = whole.model.layers[1].mlp
+    mlp.forward = lambda x: 2 * type(mlp).forward(mlp, x)
+
+
+def other_norm(whole: Any) -> None:
+    whole.model.layers[1].input_layernorm = OtherNorm(whole.model.layers[1].input_layernorm)
+
+
+def other_attention(whole: Any) -> None:
+    attention = whole.model.layers[0].self_attn
+    attention.__class__ = type(
+        "Other", (type(attention),), {"forward": lambda self, hidden_states, **_: (hidden_states, None)}
+    )
+
+
+def other_embedding(whole: Any) -> None:
+    found = Doubling(*whole.model.embed_tokens.weight.shape)
+    found.weight = whole.model.embed_tokens.weight
+    whole.model.embed_tokens = found
+
+
+def bounded_embedding(whole: Any) -> None:
+    whole.model.embed_tokens.max_norm = 0.5
+
+
+def narrow_norm(whole: Any) -> None:
+    whole.model.norm.weight = nn.Parameter(torch.full((1,), 2.0), requires_grad=False)
+
+
+def fewer_blocks(whole: Any) -> None:
+    whole.config.num_hidden_layers = 2
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (other_forward, "model.layers.1.mlp has been given another forward"),
+        (other_norm, "input_layernorm of block 1 is a OtherNorm, not transformers' LlamaRMSNorm"),
+        (other_attention, "self_attn of block 0 is a Other, not transformers' LlamaAttention"),
+        (other_embedding, "its embedding is a Doubling"),
+        (bounded_embedding, "its embedding has a max_norm"),
+        (narrow_norm, r"model.norm is \[1\], not \[32\]"),
+        (fewer_blocks, "it has 3 blocks, its configuration says 2"),
+    ],
+)
+@torch.no_grad()
+def test_what_computes_something_else_is_refused(change: Any, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Before a text and in the midst of one."""
+    whole = made()
+    past = DynamicCache(config=whole.config)
+    steps = [TEXT[:, :PROMPT], *TEXT[:, PROMPT : PROMPT + 4].split(1, dim=1)]
+    for ids in steps[:3]:
+        whole(input_ids=ids, past_key_values=past, use_cache=True)
+    assert whole.forward.tokens == 2
+    change(whole)
+    own = copy.deepcopy(past)
+    for ids in steps[3:]:
+        found = whole(input_ids=ids, past_key_values=past, use_cache=True).logits
+        exact = type(whole).forward(whole, input_ids=ids, past_key_values=own, use_cache=True).logits
+        assert torch.equal(found, exact)
+    assert whole.forward.tokens == 2
+    assert re.search(f"LlamaForCausalLM is decoded by its own, slower forward: {why}", caplog.text)
+
+
 def test_is_copied_and_pickled_with_its_model() -> None:
     whole = made("llama", "packed")
     text = written(whole)
@@ -432,10 +624,9 @@ def test_saves_the_same_after_decoding(tmp_path: Path) -> None:
 
 def test_pages() -> None:
     tensors = [torch.randn(3, 5), torch.arange(7, dtype=torch.uint8), torch.randn(2, 64).bfloat16(), torch.empty(0)]
-    pages = Pages([t.nbytes if i else 3 * 64 * 4 for i, t in enumerate(tensors)])
-    placed = [pages.put(t, None if i else 64) for i, t in enumerate(tensors[:3])]
-    assert torch.equal(placed[0][:, :5], tensors[0]) and not placed[0][:, 5:].any()
-    assert all(torch.equal(old, new) for old, new in zip(tensors[1:3], placed[1:], strict=True))
+    pages = Pages([t.nbytes for t in tensors])
+    placed = [pages.put(t) for t in tensors[:3]]
+    assert all(torch.equal(old, new) for old, new in zip(tensors[:3], placed, strict=True))
     assert all(new.data_ptr() % 64 == 0 for new in placed)
     assert len({t.untyped_storage().data_ptr() for t in placed}) == 3
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LONG
+from conftest import FUZZ, LONG
 
 from losa.sparse import native
 
@@ -107,6 +107,47 @@ def test_an_old_compiler_leaves_a_kernel_out(
     library = ctypes.CDLL(str(native.build()))
     assert hasattr(library, "losa_multiply_portable") and not hasattr(library, "losa_multiply_avx2")
     assert "kernel avx2 is left out" in caplog.text and "-mnew" in caplog.text
+    caplog.clear()
+    assert native.build().parent == cache
+    assert "kernel avx2 is left out" in caplog.text and "-mnew" in caplog.text  # said by every process, built by one
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("kill -9 $$", "killed by signal 9"),
+        ('echo "c++: fatal error: Killed signal terminated program cc1plus" >&2; exit 1', "terminated program cc1plus"),
+        ('echo "fatal error: error writing to x.s: No space left on device" >&2; exit 1', "No space left on device"),
+    ],
+)
+def test_a_compiler_that_fails_once(
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trouble: str,
+    said: str,
+) -> None:
+    """The next process has all kernels."""
+    sources = tmp_path / "csrc"
+    shutil.copytree(native.CSRC, sources)
+    (sources / "another.cpp").write_text('extern "C" int losa_another() { return 1; }')
+    monkeypatch.setattr(native, "CSRC", sources)
+    monkeypatch.setattr(native, "SOURCES", SMALL | {"another": ()})
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    broken = tmp_path / "broken"
+    broken.touch()
+    script = f'case "$*" in *another.cpp*) if [ -e {broken} ]; then {trouble}; fi;; esac; exec $real "$@"'
+    monkeypatch.setenv("CXX", fake(tmp_path, script))
+    path = native.build()
+    library = ctypes.CDLL(str(path))
+    assert hasattr(library, "losa_multiply_portable") and not hasattr(library, "losa_another")
+    assert path.parent != cache and {file.name for file in cache.iterdir()} == {"lock"}
+    assert "kernel another is left out" in caplog.text and said in caplog.text and "tried again" in caplog.text
+    broken.unlink()
+    caplog.clear()
+    path = native.build()
+    assert path.parent == cache and hasattr(ctypes.CDLL(str(path)), "losa_another") and not caplog.records
 
 
 def test_another_processor_gets_the_portable_kernel_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +184,38 @@ def test_a_cache_that_cannot_be_written(
     path = native.build()
     assert path.exists() and not path.is_relative_to(tmp_path / "file")
     assert "cannot be written" in caplog.text
+
+
+def test_random_products_and_steps_under_sanitizers(tmp_path: Path) -> None:
+    """`make fuzz` in short, of what needs no particular processor."""
+    try:
+        command = native.compiler()
+    except native.Unavailable as error:
+        pytest.skip(str(error))
+    command += [
+        "-std=c++17",
+        "-O0",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-pthread",
+    ]
+    (tmp_path / "nothing.cpp").write_text("int main() { return 0; }")
+    probe = tmp_path / "nothing"
+    for step in ([*command, f"{probe}.cpp", "-o", str(probe)], [str(probe)]):
+        done = subprocess.run(step, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{command[0]} has no sanitizers here: {done.stderr.strip().splitlines()[-1:]}")
+    here = Path(__file__).parent
+    sources = [str(native.CSRC / f"{name}.cpp") for name in ("common", "avx512", "avx512_bf16")]
+    emulated = ["-DLOSA_FUZZ_EMULATED", "-I", str(here / "emulated")]
+    fuzz = str(tmp_path / "fuzz")
+    subprocess.run([*command, *emulated, str(here / "fuzz_kernels.cpp"), *sources, "-o", fuzz, "-ldl"], check=True)
+    for seed in range(20 * FUZZ):
+        done = subprocess.run([fuzz, "0", str(seed)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_error_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,17 @@
 """Speed of the product with packed weights beside dense ones and beside a plain reading of the same bytes.
 
-Opponents take turns, each time with another matrix, so that none is in a cache: ratios are of neighbours in time. What
-disagrees with the reference is not timed.
+Opponents take turns, each time with another matrix, so that none is in a cache, whoever read it last: ratios are of
+neighbours in time. What disagrees with the reference is not timed.
 """
 
 import copy
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Opponent:
 
     calls: Sequence[Callable[[], Any]]
     bytes: int
+    places: Iterator[int]  # of the matrices, in whose turn; one for all opponents that read the same ones
 
 
 def kernel(
@@ -193,19 +195,24 @@ def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: in
     # int8 in fixed point, and what is rounded to bfloat16, is not exact in floats
     exact = x.dtype == torch.float32 and packs[0].values.dtype != torch.int8
     precision = torch.float32 if exact else torch.bfloat16
-    found = {"losa": Opponent(agree(chosen.name, calls, precision), packs[0].layout.bytes)}
+    places = cycle(range(len(packs)))
+    found = {"losa": Opponent(agree(chosen.name, calls, precision), packs[0].layout.bytes, places)}
     dense = [_paged(unpack(p, torch.bfloat16)[0]) for p in packs[: max(2, -(-total // (out * columns * 2)))]]
     calls = [partial(F.linear, x.bfloat16(), w) for w in dense]
-    found["torch_bf16"] = Opponent(agree("torch's bf16 product", calls, torch.bfloat16), out * columns * 2)
+    dense_places = cycle(range(len(dense)))
+    found["torch_bf16"] = Opponent(
+        agree("torch's bf16 product", calls, torch.bfloat16), out * columns * 2, dense_places
+    )
     single = [_paged(unpack(p, torch.float32)[0]) for p in packs[: max(2, -(-total // (out * columns * 4)))]]
     calls = [partial(F.linear, x.float(), w) for w in single]
-    found["torch_fp32"] = Opponent(agree("torch's fp32 product", calls, torch.float32), out * columns * 4)
+    agreed = agree("torch's fp32 product", calls, torch.float32)
+    found["torch_fp32"] = Opponent(agreed, out * columns * 4, cycle(range(len(single))))
     if len(x) == 1 and (symbol := best_dense()):
         padded = [_paged(F.pad(w, (0, -columns % 64))) if columns % 64 else w for w in dense]
         calls = [partial(dense_product, symbol, x, w) for w in padded]
         agreed = agree("the native dense product", calls, torch.bfloat16)
-        found[f"{symbol}_dense_bf16"] = Opponent(agreed, padded[0].numel() * 2)
-    return found | _reading(packs)
+        found[f"{symbol}_dense_bf16"] = Opponent(agreed, padded[0].numel() * 2, dense_places)
+    return found | _reading(packs, places)
 
 
 def best_dense() -> str | None:
@@ -229,18 +236,18 @@ def dense_product(symbol: str, x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _reading(packs: list[Packed]) -> dict[str, Opponent]:
+def _reading(packs: list[Packed], places: Iterator[int]) -> dict[str, Opponent]:
     """What reads the kept values of each, in 1, 2 and 4 streams; without a native library torch's sum."""
     lines = (packs[0].kept + PAD) * packs[0].values.element_size() // 64
     try:
         native.library()
     except native.Unavailable:
-        return {"read": Opponent([p.values.view(torch.uint8).sum for p in packs], lines * 64)}
+        return {"read": Opponent([p.values.view(torch.uint8).sum for p in packs], lines * 64, places)}
     read, threads = cpu.function(f"losa_read_{best_dense()}"), torch.get_num_threads()
     addresses = [(p.values.data_ptr(), (p.kept + PAD) * p.values.element_size() // 64) for p in packs]
     return {
-        f"read_{streams}": Opponent([partial(read, *address, streams, threads) for address in addresses], lines * 64)
-        for streams in (1, 2, 4)
+        f"read_{n}": Opponent([partial(read, *address, n, threads) for address in addresses], lines * 64, places)
+        for n in (1, 2, 4)
     }
 
 
@@ -255,8 +262,7 @@ def _times(opponents: dict[str, Opponent], rounds: int) -> dict[str, list[float]
             if who in slow and turn % SPARE and turn < rounds - 1:
                 times[who].append(0.0)
                 continue
-            calls = opponents[who].calls
-            call = calls[turn % len(calls)]
+            call = opponents[who].calls[next(opponents[who].places)]
             start = time.perf_counter()
             call()
             took = time.perf_counter() - start

@@ -181,6 +181,7 @@ def function(name: str) -> Callable[..., int]:
         "expand": [pointer, number, number, pointer, number, small],
         "dense": [pointer, pointer, pointer, number, number, small],
         "decode": [pointer],
+        "sums": [pointer, pointer, small],
         "form": [pointer],
         "read": [pointer, number, small, small],
     }[kind]

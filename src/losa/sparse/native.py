@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,6 +32,11 @@ SOURCES: dict[str, tuple[str, ...]] = {  # each with the instructions that it ma
     "avx512_bf16": (*AVX512, "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16"),
 }
 NEEDED = ("common", "portable")  # a compiler too old for one of the others makes a library without it
+# what gcc, clang and the assembler say of an option or an instruction that they do not know
+OLD = re.compile(
+    "unrecognized|unknown (argument|option|type name|target)|unsupported option|not declared|undeclared|"
+    "not name a type|no such instruction|target specific option|target feature",
+)
 log = logging.getLogger("losa.sparse")
 
 
@@ -96,8 +102,15 @@ def build() -> Path:
         with contextlib.suppress(OSError):  # no locks on this file system: whoever is last replaces the same file
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _compile(command, path)
+            path = _compile(command, path)
+    if (reasons := _reasons(path)).exists():
+        log.warning("%s", reasons.read_text())
     return path
+
+
+def _reasons(path: Path) -> Path:
+    """Beside a library that lacks kernels: which, and why."""
+    return path.with_suffix(".txt")
 
 
 def _folder() -> Path:
@@ -109,13 +122,20 @@ def _folder() -> Path:
             pass
     except OSError as error:
         log.info("%s cannot be written (%s): the kernels are built for this process alone", folder, error)
-        folder = Path(tempfile.mkdtemp(prefix="losa-kernels-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        folder = _passing_folder()
     return folder
 
 
-def _compile(command: Sequence[str], path: Path) -> None:
+def _passing_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="losa-kernels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _compile(command: Sequence[str], path: Path) -> Path:
+    """Build the library at `path`; elsewhere, for this process alone, if it lacks a kernel that may compile another time."""
     log.info("building the native kernels with %s, once", command[0])
+    lacking: list[str] = []
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
 
         def compiled(item: tuple[str, tuple[str, ...]]) -> Path | None:
@@ -126,7 +146,8 @@ def _compile(command: Sequence[str], path: Path) -> None:
                 return made
             if name in NEEDED:
                 raise Unavailable(f"{command[0]} does not compile {name}.cpp: {done}")
-            log.warning("kernel %s is left out, since %s does not compile it: %s", name, command[0], done)
+            line = f"kernel {name} is left out, since {command[0]} does not compile it: {done}"
+            lacking.append(line if OLD.search(done) else f"{line}; it is tried again when losa next starts")
             return None
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -134,11 +155,19 @@ def _compile(command: Sequence[str], path: Path) -> None:
         linked = Path(scratch) / path.name
         if done := _run([*command, "-shared", "-pthread", *objects, "-o", str(linked), "-ldl"]):
             raise Unavailable(f"{command[0]} does not link the kernels: {done}")
-        os.replace(linked, path)
+        if any("tried again" in line for line in lacking):
+            path = _passing_folder() / path.name
+        _reasons(path).unlink(missing_ok=True)  # of a build that was killed
+        if lacking:
+            _reasons(path).write_text("; ".join(lacking))
+        shutil.move(linked, path)
+    return path
 
 
 def _run(command: list[str]) -> str:
     """Empty if it went well, or its first complaint."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    complaints = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}"
+    complaints = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()[-1:]
     return "" if done.returncode == 0 else (complaints or [f"exit code {done.returncode}"])[0].strip()

@@ -28,13 +28,11 @@ class Pages:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._next = -torch.frombuffer(self._map, dtype=torch.uint8).data_ptr() % HUGE
 
-    def put(self, tensor: Tensor, columns: int | None = None) -> Tensor:
-        """A copy of a tensor, with a storage of its own. columns: so many in each row of a matrix, zeros behind its own."""
-        shape = tensor.shape if columns is None else torch.Size([len(tensor), columns])
-        piece = torch.frombuffer(self._map, dtype=tensor.dtype, count=shape.numel(), offset=self._next).view(shape)
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor, with a storage of its own."""
+        piece = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=self._next)
         self._next += -(-piece.nbytes // LINE) * LINE
-        (piece if columns is None else piece[:, : tensor.shape[1]]).copy_(tensor)
-        return piece
+        return piece.view(tensor.shape).copy_(tensor)
 
 
 def leave(tensor: Tensor) -> None:

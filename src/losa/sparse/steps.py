@@ -4,27 +4,30 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from losa.errors import LosaError
 from losa.sparse import cpu, kernels
 from losa.sparse.linear import PackedLinear
-from losa.sparse.packed import GROUP, Packed, pack
+from losa.sparse.packed import GROUP, pack
 from losa.sparse.pages import Pages, leave
 
 EMBED, NORM, PLACE, MULTIPLY, ADD, GATE, ATTEND = range(7)  # enum Does in csrc/steps.h
 FLOATS = 0  # enum Form in csrc/product.h
 CPU = torch.device("cpu")
-COLUMNS = 64  # what rows are padded to
+COLUMNS = 64  # what buffers are padded to
 WALL = 64  # floats of NaN between buffers: what reads beyond one is found out
 
 
 class Linear(ctypes.Structure):
     """struct Linear in csrc/steps.h."""
 
-    _fields_ = (("weight", cpu.Matrix), *((name, ctypes.c_void_p) for name in ("bias", "x", "scales", "y")))
+    _fields_ = (
+        ("weight", cpu.Matrix),
+        *((name, ctypes.c_void_p) for name in ("bias", "x", "scales", "y")),
+        ("bias_type", ctypes.c_int32),
+    )
 
 
 class Step(ctypes.Structure):
@@ -72,7 +75,7 @@ class Table:
     """The steps of one token through a model of the Llama family, and what they work on.
 
     `whole`: see losa.sparse.decoding, which has looked at it. Its weights are moved into pages of the table's; the
-    model's parameters then are those.
+    model's parameters then are those. Steps read the parameters where they are: what is written into them counts.
     """
 
     def __init__(self, whole: Any, heads: list[Attention]) -> None:
@@ -80,17 +83,18 @@ class Table:
         self.heads, self.dtype = heads, whole.dtype
         self.steps: list[Step] = []
         self._kept: list[Any] = []  # what the steps point to
-        config, base = whole.config, whole.model
+        self._summed: list[tuple[cpu.Matrix, Tensor]] = []
         with torch.no_grad():
-            self._moved = _move([module for module in whole.modules() if isinstance(module, nn.Linear | PackedLinear)])
-            self._build(config, base, whole.lm_head)
+            _move([module for module in whole.modules() if isinstance(module, nn.Linear | PackedLinear)])
+            self._build(whole.model, whole.lm_head)
         self._array = (Step * len(self.steps))(*self.steps)
         self.counters = torch.zeros(len(self.steps) * 16, dtype=torch.int64)  # two lines of 64 bytes a step
         self.plan = Plan(ctypes.addressof(self._array), self.counters.data_ptr(), len(self.steps))
         self.plan.cache_type = cpu.TYPES[self.dtype]
 
-    def _build(self, config: Any, base: Any, head: nn.Module) -> None:
-        width = config.hidden_size
+    def _build(self, base: Any, head: nn.Module) -> None:
+        table = base.embed_tokens.weight
+        width = table.shape[1]
         most = max(h.heads * h.dim for h in self.heads)
         kv = max(h.kv_heads * h.dim for h in self.heads)
         middle = max(layer.mlp.gate_proj.out_features for layer in base.layers)
@@ -98,22 +102,23 @@ class Table:
         query, key, value = self._buffer(most), self._buffer(kv), self._buffer(kv)
         attended, gated = self._buffer(most), self._buffer(middle)
         self.logits = self._buffer(head.out_features)  # type: ignore[arg-type]
-        table = base.embed_tokens.weight
         self._add(EMBED, y=self.hidden, table=table, n=width, type=cpu.TYPES[table.dtype])
         for index, (layer, heads) in enumerate(zip(base.layers, self.heads, strict=True)):
             attention, mlp = layer.self_attn, layer.mlp
             self._norm(layer.input_layernorm, self.hidden, self.normed)
             into = [(attention.q_proj, query), (attention.k_proj, key), (attention.v_proj, value)]
             self._multiply(MULTIPLY, self.normed, into)
+            norms = [norm for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if norm]
             self._add(
                 ATTEND,
                 y=attended,
                 query=query,
                 key=key,
                 value=value,
-                query_norm=self._floats(getattr(getattr(attention, "q_norm", None), "weight", None)),
-                key_norm=self._floats(getattr(getattr(attention, "k_norm", None), "weight", None)),
-                epsilon=config.rms_norm_eps,
+                query_norm=norms[0].weight if norms else None,
+                key_norm=norms[1].weight if norms else None,
+                type=cpu.TYPES[norms[0].weight.dtype] if norms else 0,
+                epsilon=norms[0].variance_epsilon if norms else 0,
                 heads=heads.heads,
                 kv_heads=heads.kv_heads,
                 dim=heads.dim,
@@ -134,29 +139,34 @@ class Table:
         cpu.function(f"losa_decode_{self.kernel.symbol}")(ctypes.byref(self.plan))
         return self.logits
 
+    def sum_up(self) -> None:
+        """Add up int8 values as they are now, for the kernel that wants their sums. It takes about as long as a token."""
+        for matrix, sums in self._summed:
+            cpu.function("losa_sums")(ctypes.byref(matrix), sums.data_ptr(), torch.get_num_threads())
+
     def _add(self, does: int, linears: tuple[Linear, ...] = (), **fields: Any) -> None:
         step = Step(does=does, count=len(linears))
         for i, linear in enumerate(linears):
             step.linear[i] = linear
         for name, value in fields.items():
             if isinstance(value, Tensor):
-                self._kept.append(value)
-                value = value.data_ptr()
+                value = self._at(value)
             setattr(step, name, value)
         self.steps.append(step)
 
     def _norm(self, module: Any, x: Tensor, y: Tensor) -> None:
-        weight = self._floats(module.weight)
-        self._add(NORM, x=x, y=y, weight=weight, n=len(module.weight), epsilon=module.variance_epsilon)
+        weight = module.weight
+        fields = {"n": len(weight), "type": cpu.TYPES[weight.dtype], "epsilon": module.variance_epsilon}
+        self._add(NORM, x=x, y=y, weight=weight, **fields)
 
     def _multiply(self, does: int, x: Tensor, into: list[tuple[Any, Tensor]]) -> None:
         """A step that multiplies x by linears, and before it those that bring x into the forms that these ask for."""
         made = []
         placed: dict[int, tuple[int, int]] = {}
         for module, y in into:
-            bias = self._floats(module.bias)
-            address = None if bias is None else bias.data_ptr()
-            linear = Linear(self._matrix(module), address, x.data_ptr(), None, y.data_ptr())
+            linear = Linear(self._matrix(module), None, x.data_ptr(), None, y.data_ptr())
+            if module.bias is not None:
+                linear.bias, linear.bias_type = self._at(module.bias), cpu.TYPES[module.bias.dtype]
             form = cpu.function(f"losa_form_{self.kernel.symbol}")(ctypes.byref(linear.weight))
             if form != FLOATS:
                 if form not in placed:
@@ -167,13 +177,15 @@ class Table:
 
     def _matrix(self, linear: Any) -> cpu.Matrix:
         if not isinstance(linear, PackedLinear):
-            weight = self._moved[id(linear.weight)]
-            dense: dict[str, int] = {"per_row": weight.shape[1], "type": cpu.TYPES[weight.dtype]}
-            return cpu.Matrix(weight.data_ptr(), out=weight.shape[0], columns=linear.in_features, **dense)
+            out, columns = linear.weight.shape
+            dense: dict[str, int] = {"per_row": columns, "type": cpu.TYPES[linear.weight.dtype]}
+            return cpu.Matrix(self._at(linear.weight), out=out, columns=columns, **dense)
+        self._kept += [tensor.detach() for tensor in linear.parameters()]
         made = cpu.matrix(linear.packed)
         if self.kernel.summed and linear.packed.scales is not None:
-            self._kept.append(sums := _sums(linear.packed))
-            made.sums = sums.data_ptr()
+            sums = torch.empty(linear.packed.scales.shape, dtype=torch.int16)
+            made.sums = self._at(sums)
+            self._summed.append((made, sums))
         return made
 
     def _place(self, x: Tensor, linear: Linear, columns: int) -> tuple[int, int]:
@@ -190,12 +202,10 @@ class Table:
         self._kept.append(room)
         return room[WALL : WALL + size]
 
-    def _floats(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        made = tensor.detach().float().clone()
-        self._kept.append(made)
-        return made
+    def _at(self, tensor: Tensor) -> int:
+        """Where it is, and stays while the table lives."""
+        self._kept.append(tensor.detach())
+        return tensor.data_ptr()
 
 
 def kernel_of(whole: Any) -> cpu.Native:
@@ -212,32 +222,11 @@ def kernel_of(whole: Any) -> cpu.Native:
     return kernel
 
 
-def _move(linears: list[Any]) -> dict[int, Tensor]:
-    """Move the weights of linears into pages, where their parameters then are. Returns them by their parameters' ids.
-
-    Rows of a dense weight are multiples of COLUMNS there; where the model's are not, it keeps its own beside them.
-    """
-    weights: dict[int, tuple[nn.Parameter, int | None]] = {}
-    for linear in linears:
-        for parameter in linear.parameters(recurse=False):
-            if parameter is not linear.bias:
-                uneven = isinstance(linear, nn.Linear) and linear.in_features % COLUMNS
-                weights[id(parameter)] = parameter, linear.in_features - uneven + COLUMNS if uneven else None
-    pages = Pages([p.nbytes if row is None else len(p) * row * p.itemsize for p, row in weights.values()])
-    moved = {}
-    for name, (parameter, row) in weights.items():
-        moved[name] = pages.put(parameter.data, row)
-        if row is None:
-            leave(parameter.data)
-            parameter.data = moved[name]
-    return moved
-
-
-def _sums(packed: Packed) -> Tensor:
-    """int16 [out, groups]: of the int8 values of a row that share a scale."""
-    bits = np.bitwise_count(packed.mask.numpy())
-    bits = np.pad(bits, ((0, 0), (0, -bits.shape[1] % (GROUP // 8))))
-    counts = bits.reshape(len(bits), -1, GROUP // 8).sum(axis=2, dtype=np.int64)
-    ends = counts.cumsum().reshape(counts.shape)
-    totals = np.concatenate([[0], packed.values[: packed.kept].numpy().cumsum(dtype=np.int64)])
-    return torch.from_numpy((totals[ends] - totals[ends - counts]).astype(np.int16))
+def _move(linears: list[Any]) -> None:
+    """Move the weights of linears into pages, where their parameters then are."""
+    weights = {id(p): p for linear in linears for p in linear.parameters(recurse=False) if p is not linear.bias}
+    pages = Pages([p.nbytes for p in weights.values()])
+    for parameter in weights.values():
+        moved = pages.put(parameter.data)
+        leave(parameter.data)
+        parameter.data = moved

@@ -30,6 +30,30 @@ void work(void *shared) {
 
 typedef void (*GompParallel)(void (*)(void *), void *, unsigned, unsigned);
 
+struct Sums {
+    const Matrix *weight;
+    int16_t *sums;
+};
+
+void sum_range(void *context, int64_t begin, int64_t end) {
+    const Sums &s = *(const Sums *)context;
+    const Matrix &w = *s.weight;
+    const int64_t bytes = (w.in + 7) / 8, groups = (w.in + GROUP - 1) / GROUP;
+    for (int64_t row = begin; row < end; row++) {
+        const int8_t *values = (const int8_t *)w.values + first_value(w, row);
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t last = (g + 1) * (GROUP / 8) < bytes ? (g + 1) * (GROUP / 8) : bytes;
+            int64_t count = 0;
+            for (int64_t byte = g * (GROUP / 8); byte < last; byte += 8)
+                count += __builtin_popcountll(mask_word(w.mask + row * bytes, byte, last));
+            int32_t sum = 0;
+            for (int64_t i = 0; i < count; i++) sum += values[i];
+            s.sums[row * groups + g] = (int16_t)sum;
+            values += count;
+        }
+    }
+}
+
 const pid_t loaded_by = getpid();
 
 // torch's own threads, through the OpenMP library that it has loaded: threads of ours would fight with them for the
@@ -58,6 +82,12 @@ extern "C" void losa_parallel(int64_t count, int64_t step, int32_t threads, void
         work(&pieces);
         for (std::thread &other : others) other.join();
     }
+}
+
+// Matrix.sums of int8 values.
+extern "C" void losa_sums(const Matrix *weight, int16_t *sums, int32_t threads) {
+    Sums s = {weight, sums};
+    losa_parallel(weight->out, 16, threads, sum_range, &s);
 }
 
 // Names of what the kernels ask for that this processor (and its operating system) has, with blanks between.

@@ -246,20 +246,28 @@ int expand(const Matrix &weight, int64_t first, int64_t rows, void *tile, int64_
 
 constexpr int ABREAST = 4;  // dense rows read at a time, a quarter of the matrix apart: two streams fetch a third less
 
-// y[r] = rows of a dense weight, `width` entries from row to row, a multiple of 64, times x, zero behind the last column.
+// y[r] = rows of `in` entries of a dense weight times x, zero behind the last column up to a multiple of 64.
 template <class K, int R>
-inline void dense_rows(const typename K::Value *const (&row)[R], const typename K::Input *x, int64_t width, float (&y)[R]) {
+inline void dense_rows(const typename K::Value *const (&row)[R], const typename K::Input *x, int64_t in, float (&y)[R]) {
     constexpr int CHAINS = R == 4 ? 2 : 4;
     typename K::Sum sums[R][CHAINS];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < CHAINS; c++) sums[r][c] = K::none();
-    for (int64_t j = 0; j < width; j += 64) {
+    const auto step = [&](const typename K::Value *const (&from)[R], int64_t at, int64_t j) __attribute__((always_inline)) {
         UNROLL(8)
         for (int k = 0; k < 64 / K::STEP; k++) {
-            const typename K::Inputs in = K::load(x + j + k * K::STEP);
+            const typename K::Inputs inputs = K::load(x + j + k * K::STEP);
             UNROLL(4)
-            for (int r = 0; r < R; r++) K::add(sums[r][k % CHAINS], K::all(row[r] + j + k * K::STEP), in);
+            for (int r = 0; r < R; r++) K::add(sums[r][k % CHAINS], K::all(from[r] + at + k * K::STEP), inputs);
         }
+    };
+    int64_t j = 0;
+    for (; j + 64 <= in; j += 64) step(row, j, j);
+    if (j < in) {  // the rows' last columns: nothing is read beyond them
+        typename K::Value last[R][64] = {};
+        const typename K::Value *from[R];
+        for (int r = 0; r < R; r++) memcpy(last[r], row[r] + j, (size_t)(in - j) * sizeof *row[r]), from[r] = last[r];
+        step(from, 0, j);
     }
     for (int r = 0; r < R; r++) {
         Vector total = zero();

@@ -20,11 +20,12 @@ namespace {
 enum Does : int32_t { EMBED, NORM, PLACE, MULTIPLY, ADD, GATE, ATTEND };
 
 struct Linear {
-    Matrix weight;         // packed; or dense, if mask is null: rows of per_row entries, a multiple of 64, zero behind `in`
-    const float *bias;     // [out], or null
+    Matrix weight;         // packed; or dense, if mask is null: rows of per_row entries
+    const void *bias;      // [out] of bias_type, F32 or BF16; or null
     const void *x;         // in the form of the weight's kind, zero behind `in` up to a multiple of 64
     const float *scales;   // of x, if its form has them
     float *y;              // [out]
+    Type bias_type;
 };
 
 struct Step {
@@ -32,13 +33,13 @@ struct Step {
     int32_t count;         // linears
     Linear linear[3];      // MULTIPLY, ADD: y = or += W x + bias. GATE: linear[0].y = silu(W0 x) W1 x. PLACE: the first's x
     float *x, *y;          // EMBED, ATTEND: y. NORM: y from x. PLACE: from x, floats
-    const float *weight;   // NORM: [n]
+    const void *weight;    // NORM: [n] of `type`
     const void *table;     // EMBED: [vocabulary, n] of `type`
     int64_t n;
     Type type;
     float epsilon;         // NORM, and of q_norm and k_norm
     float *query, *key, *value;           // ATTEND: [heads, dim], [kv_heads, dim] twice; query and key are turned in place
-    const float *query_norm, *key_norm;   // [dim], or null
+    const void *query_norm, *key_norm;    // [dim] of `type`, or null
     int64_t heads, kv_heads, dim, window, layer;  // window: tokens seen, this one too; 0: all
     float scaling;
 };
@@ -99,9 +100,12 @@ inline float dot(const float *a, const T *b, int64_t n) {
     return sum(fma(t, splat(1), s)) + rest;
 }
 
-inline void norm(const float *x, const float *weight, float epsilon, int64_t n, float *y) {
+inline void norm(const float *x, const void *weight, Type type, float epsilon, int64_t n, float *y) {
     const float by = 1 / __builtin_sqrtf(dot(x, x, n) / (float)n + epsilon);
-    for (int64_t i = 0; i < n; i++) y[i] = weight[i] * (x[i] * by);
+    if (type == F32)
+        for (int64_t i = 0; i < n; i++) y[i] = ((const float *)weight)[i] * (x[i] * by);
+    else
+        for (int64_t i = 0; i < n; i++) y[i] = wide(((const uint16_t *)weight)[i]) * (x[i] * by);
 }
 
 inline void turn(float *x, const Plan &plan, int64_t dim) {  // halves of a head as pairs, as transformers' rotate_half
@@ -146,7 +150,7 @@ void attend(const Plan &plan, const Step &s, int64_t head) {
     T *values = (T *)plan.values + s.layer * plan.layer_size + head * plan.capacity * dim;
     float *key = s.key + head * dim;
     const float *value = s.value + head * dim;
-    if (s.key_norm) norm(key, s.key_norm, s.epsilon, dim, key);
+    if (s.key_norm) norm(key, s.key_norm, s.type, s.epsilon, dim, key);
     turn(key, plan, dim);
     for (int64_t i = 0; i < dim; i++) narrow(key[i], keys[plan.slot * dim + i]);
     for (int64_t i = 0; i < dim; i++) narrow(value[i], values[plan.slot * dim + i]);
@@ -154,7 +158,7 @@ void attend(const Plan &plan, const Step &s, int64_t head) {
     const int64_t count = plan.slot + 1 - first;
     for (int64_t h = head * group; h < (head + 1) * group; h++) {
         float *query = s.query + h * dim, *scores = plan.scores + h * plan.capacity;
-        if (s.query_norm) norm(query, s.query_norm, s.epsilon, dim, query);
+        if (s.query_norm) norm(query, s.query_norm, s.type, s.epsilon, dim, query);
         turn(query, plan, dim);
         float most = -__builtin_inff();
         for (int64_t i = 0; i < count; i++) {
@@ -179,7 +183,7 @@ inline void rows_of(const Linear *const (&linear)[R], const int64_t (&row)[R], f
     if constexpr (K::DENSE) {
         const typename K::Value *begin[R];
         for (int r = 0; r < R; r++) begin[r] = (const typename K::Value *)linear[r]->weight.values + row[r] * linear[r]->weight.per_row;
-        dense_rows<K, R>(begin, (const typename K::Input *)linear[0]->x, linear[0]->weight.per_row, y);
+        dense_rows<K, R>(begin, (const typename K::Input *)linear[0]->x, linear[0]->weight.in, y);
     } else {
         Row<K> begin[R];
         for (int r = 0; r < R; r++) begin[r] = row_of<K>(linear[r]->weight, row[r]);
@@ -189,7 +193,7 @@ inline void rows_of(const Linear *const (&linear)[R], const int64_t (&row)[R], f
         for (int r = 0; r < R; r++) y[r] = found[r][0];
     }
     for (int r = 0; r < R; r++)
-        if (linear[r]->bias) y[r] += linear[r]->bias[row[r]];
+        if (linear[r]->bias) y[r] += read_float(linear[r]->bias, linear[r]->bias_type, row[r]);
 }
 
 // Rows that are read together: pieces are counted in them. The rows of a unit are as far apart as can be, see product_range.
@@ -307,7 +311,7 @@ void run(const Plan &plan, const Step &s, int64_t piece) {
         case EMBED:
             for (int64_t i = 0; i < s.n; i++) s.y[i] = read_float(s.table, s.type, plan.token * s.n + i);
             break;
-        case NORM: norm(s.x, s.weight, s.epsilon, s.n, s.y); break;
+        case NORM: norm(s.x, s.weight, s.type, s.epsilon, s.n, s.y); break;
         case PLACE: place(s, piece); break;
         case ATTEND:
             if (plan.cache_type == F32) attend<float>(plan, s, piece);
