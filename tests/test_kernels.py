@@ -1,6 +1,7 @@
 """Every kernel against float64, whatever surrounds its inputs; the choice among them; the op."""
 
 import ctypes
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -341,6 +342,18 @@ def test_gradients_are_refused_not_lost() -> None:
 def test_a_wrong_width_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"64 columns was given \[2, 65\]"):
         kernels.multiply(torch.randn(2, 65), PACKED)
+
+
+@pytest.mark.parametrize("name", ["values", "mask", "offsets", "scales", "bias"])
+def test_tensors_elsewhere_are_an_error(name: str) -> None:
+    """And not a read through a pointer to nothing."""
+    packed, bias = made(8, 64, 0.5, torch.int8), torch.randn(8)
+    if name == "bias":
+        bias = bias.to("meta")
+    else:
+        packed = dataclasses.replace(packed, **{name: getattr(packed, name).to("meta")})
+    with pytest.raises(LosaError, match="a packed linear on meta was given activations on cpu: move one of them"):
+        kernels.multiply(torch.randn(1, 64), packed, bias)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

@@ -95,7 +95,8 @@ def _log(taken: str, packed: Packed, x_dtype: torch.dtype, refused: dict[str, st
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., in] -> x W^T + bias, [..., out], of x's type.
 
-    Raises LosaError if the kernel that LOSA_KERNEL names is unknown or refuses, ValueError if x is not as wide as W.
+    Raises LosaError if the kernel that LOSA_KERNEL names is unknown or refuses, and if the tensors are on several devices;
+    ValueError if x is not as wide as W.
     """
     if _traced(x):
         n, m = (0, 0) if packed.nm is None else (packed.nm.n, packed.nm.m)
@@ -118,7 +119,11 @@ def _traced(x: Tensor) -> bool:
 def _multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if x.shape[-1] != packed.in_features:
         raise ValueError(f"a packed linear of {packed.in_features} columns was given {list(x.shape)}")
-    return choose(packed, x.dtype, x.device).kernel.multiply(x, packed, bias)
+    device = x.device
+    for tensor in (packed.values, packed.mask, packed.offsets, packed.scales, bias):
+        if tensor is not None and tensor.device != device:  # kernels read through pointers
+            raise LosaError(f"a packed linear on {tensor.device} was given activations on {device}: move one of them")
+    return choose(packed, x.dtype, device).kernel.multiply(x, packed, bias)
 
 
 @torch.library.custom_op("losa::packed_linear", mutates_args=())
