@@ -344,6 +344,22 @@ def test_a_wrong_width_is_an_error() -> None:
         kernels.multiply(torch.randn(2, 65), PACKED)
 
 
+@pytest.mark.parametrize("shape", [[3], [9], [8, 1], [1, 8], []])
+def test_a_bias_of_another_shape_is_an_error(shape: list[int]) -> None:
+    """And not a read beyond its end; through the op too."""
+    tensors = (PACKED.values, PACKED.mask, PACKED.offsets, PACKED.scales)
+    with pytest.raises(ValueError, match="8 rows was given a bias"):
+        kernels.multiply(torch.randn(2, 64), PACKED, torch.randn(shape))
+    with pytest.raises(ValueError, match="8 rows was given a bias"):
+        torch.ops.losa.packed_linear(torch.randn(2, 64), *tensors, torch.randn(shape), 64, 0, 0)
+
+
+def test_a_bias_may_be_a_view() -> None:
+    x, wide = torch.randn(2, 64), torch.randn(8, 2)
+    for bias in (wide[:, 0], torch.randn(1).expand(8)):
+        assert torch.equal(kernels.multiply(x, PACKED, bias), kernels.multiply(x, PACKED, bias.clone()))
+
+
 @pytest.mark.parametrize("name", ["values", "mask", "offsets", "scales", "bias"])
 def test_tensors_elsewhere_are_an_error(name: str) -> None:
     """And not a read through a pointer to nothing."""

@@ -32,7 +32,10 @@ class Kernel(Protocol):
         """
 
     def multiply(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-        """x [..., in] -> x W^T + bias [..., out] of x's type, summed in float32. Of what it does not refuse."""
+        """x [..., in] -> x W^T + bias [..., out] of x's type, summed in float32. Of what it does not refuse.
+
+        All on one device, and all but x contiguous.
+        """
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., in] -> x W^T + bias, [..., out], of x's type.
 
     Raises LosaError if the kernel that LOSA_KERNEL names is unknown or refuses, and if the tensors are on several devices;
-    ValueError if x is not as wide as W.
+    ValueError if x is not as wide as W, or the bias not as long.
     """
     if _traced(x):
         n, m = (0, 0) if packed.nm is None else (packed.nm.n, packed.nm.m)
@@ -119,6 +122,10 @@ def _traced(x: Tensor) -> bool:
 def _multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if x.shape[-1] != packed.in_features:
         raise ValueError(f"a packed linear of {packed.in_features} columns was given {list(x.shape)}")
+    if bias is not None:
+        if bias.shape != (packed.out_features,):
+            raise ValueError(f"a packed linear of {packed.out_features} rows was given a bias {list(bias.shape)}")
+        bias = bias.contiguous()
     device = x.device
     for tensor in (packed.values, packed.mask, packed.offsets, packed.scales, bias):
         if tensor is not None and tensor.device != device:  # kernels read through pointers
