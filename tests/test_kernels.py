@@ -333,10 +333,13 @@ def test_compiled_graphs_stay_whole() -> None:
     assert torch.equal(compiled(x), double(x))
 
 
-def test_gradients_are_refused_not_lost() -> None:
-    y = kernels.multiply(torch.randn(1, 64, requires_grad=True), PACKED)
+@pytest.mark.parametrize("of", ["x", "bias"])
+def test_gradients_are_refused_not_lost(of: str) -> None:
+    x, bias = torch.randn(1, 64, requires_grad=of == "x"), torch.randn(8, requires_grad=of == "bias")
     with pytest.raises(RuntimeError, match="losa"):
-        y.sum().backward()
+        kernels.multiply(x, PACKED, bias).sum().backward()
+    with torch.no_grad():
+        assert not kernels.multiply(x, PACKED, bias).requires_grad
 
 
 def test_a_wrong_width_is_an_error() -> None:

@@ -101,7 +101,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     Raises LosaError if the kernel that LOSA_KERNEL names is unknown or refuses, and if the tensors are on several devices;
     ValueError if x is not as wide as W, or the bias not as long.
     """
-    if _traced(x):
+    if _traced(x, bias):
         n, m = (0, 0) if packed.nm is None else (packed.nm.n, packed.nm.m)
         tensors = (packed.values, packed.mask, packed.offsets, packed.scales)
         result: Tensor = packed_linear(x, *tensors, bias, packed.in_features, n, m)
@@ -109,12 +109,12 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     return _multiply(x, packed, bias)
 
 
-def _traced(x: Tensor) -> bool:
+def _traced(x: Tensor, bias: Tensor | None) -> bool:
     """Whether torch must see an op of its own: to compile, to trace, to refuse a gradient. It takes 20 us on a CPU."""
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
-        or (x.requires_grad and torch.is_grad_enabled())
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
