@@ -218,6 +218,36 @@ def test_compress_packed_is_compress_then_export(tmp_path: Path, llama: Path, sm
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
 
+def test_a_damaged_losa_json(
+    tmp_path: Path, llama: Path, small: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is found before any weight is written; with --resume, too."""
+    recipe = changed(small, steps=1, recovery="none", eval_data="")
+    dense, new = tmp_path / "dense", tmp_path / "new"
+    compress(str(llama), recipe, dense)
+    whole = json.loads((dense / "losa.json").read_text())
+    monkeypatch.setattr(module._Writer, "add", lambda *_: pytest.fail("a weight was written"))
+    recipes, measured = whole["recipe"], whole["measurements"]
+    for told, message in (
+        ("{", "JSONDecodeError: "),
+        ("{}", "KeyError: 'format'"),
+        ("[]", "TypeError: "),
+        ('"format"', "TypeError: "),
+        (json.dumps({"format": 1}), "KeyError: 'command'"),
+        (json.dumps(whole | {"history": {}}), "TypeError: history is no list"),
+        (json.dumps(whole | {"measurements": {"dense": {}}}), "KeyError: 'sparse'"),
+        (json.dumps(whole | {"measurements": measured | {"dense": 3}}), "TypeError: measurements hold"),
+        (json.dumps(whole | {"recipe": {}}), "KeyError: "),
+        (json.dumps(whole | {"recipe": recipes | {"sparsity": "much"}}), "ValueError: "),
+    ):
+        (dense / "losa.json").write_text(told)
+        assert f"losa.json is damaged ({message}" in refused(capsys, dense, "--output", new, "--format", "packed")
+    (dense / "losa.json").write_text("{")
+    with pytest.raises(LosaError, match=r"losa\.json is damaged"):
+        compress(str(llama), recipe, dense, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
 def test_int8_is_measured_as_it_is_saved(
     tmp_path: Path, llama: Path, small: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:

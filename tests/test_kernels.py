@@ -1,6 +1,7 @@
 """Every kernel against float64, whatever surrounds its inputs; the choice among them; the op."""
 
 import ctypes
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -332,15 +333,46 @@ def test_compiled_graphs_stay_whole() -> None:
     assert torch.equal(compiled(x), double(x))
 
 
-def test_gradients_are_refused_not_lost() -> None:
-    y = kernels.multiply(torch.randn(1, 64, requires_grad=True), PACKED)
+@pytest.mark.parametrize("of", ["x", "bias"])
+def test_gradients_are_refused_not_lost(of: str) -> None:
+    x, bias = torch.randn(1, 64, requires_grad=of == "x"), torch.randn(8, requires_grad=of == "bias")
     with pytest.raises(RuntimeError, match="losa"):
-        y.sum().backward()
+        kernels.multiply(x, PACKED, bias).sum().backward()
+    with torch.no_grad():
+        assert not kernels.multiply(x, PACKED, bias).requires_grad
 
 
 def test_a_wrong_width_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"64 columns was given \[2, 65\]"):
         kernels.multiply(torch.randn(2, 65), PACKED)
+
+
+@pytest.mark.parametrize("shape", [[3], [9], [8, 1], [1, 8], []])
+def test_a_bias_of_another_shape_is_an_error(shape: list[int]) -> None:
+    """And not a read beyond its end; through the op too."""
+    tensors = (PACKED.values, PACKED.mask, PACKED.offsets, PACKED.scales)
+    with pytest.raises(ValueError, match="8 rows was given a bias"):
+        kernels.multiply(torch.randn(2, 64), PACKED, torch.randn(shape))
+    with pytest.raises(ValueError, match="8 rows was given a bias"):
+        torch.ops.losa.packed_linear(torch.randn(2, 64), *tensors, torch.randn(shape), 64, 0, 0)
+
+
+def test_a_bias_may_be_a_view() -> None:
+    x, wide = torch.randn(2, 64), torch.randn(8, 2)
+    for bias in (wide[:, 0], torch.randn(1).expand(8)):
+        assert torch.equal(kernels.multiply(x, PACKED, bias), kernels.multiply(x, PACKED, bias.clone()))
+
+
+@pytest.mark.parametrize("name", ["values", "mask", "offsets", "scales", "bias"])
+def test_tensors_elsewhere_are_an_error(name: str) -> None:
+    """And not a read through a pointer to nothing."""
+    packed, bias = made(8, 64, 0.5, torch.int8), torch.randn(8)
+    if name == "bias":
+        bias = bias.to("meta")
+    else:
+        packed = dataclasses.replace(packed, **{name: getattr(packed, name).to("meta")})
+    with pytest.raises(LosaError, match="a packed linear on meta was given activations on cpu: move one of them"):
+        kernels.multiply(torch.randn(1, 64), packed, bias)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

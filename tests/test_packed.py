@@ -202,6 +202,19 @@ def test_damage_is_named(name: str, change: object, message: str) -> None:
         check(bad, "model.x", good.layout)
 
 
+@pytest.mark.parametrize("name", ["values", "mask", "offsets", "scales"])
+def test_what_kernels_cannot_read_through_pointers_is_refused(name: str) -> None:
+    weight, mask = sparse(5, 600, 0.4, torch.float32)
+    packed = pack(weight, mask, torch.int8)
+    part = getattr(packed, name)
+    strided = torch.stack([part, part], dim=-1)[..., 0]
+    assert torch.equal(strided, part)
+    with pytest.raises(LosaError, match=r"it: weight\w* is a view with strides .*: copy it"):
+        check(dataclasses.replace(packed, **{name: strided}), "it", packed.layout)
+    with pytest.raises(LosaError, match=r"it: weight\w* is on \w+, the values on \w+: a packed linear lies on one device"):
+        check(dataclasses.replace(packed, **{name: part.to("meta")}), "it", packed.layout)
+
+
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
 def test_scales_are_numbers(scale: float) -> None:
     packed = pack(*sparse(3, 9, 0.5, torch.float32), torch.int8)

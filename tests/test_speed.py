@@ -1,6 +1,7 @@
 """losa bench decode: what is timed, in which turns, and where it is kept."""
 
 import json
+import shutil
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,25 @@ def test_bad_input(packed: Path, capsys: Any, arguments: list[str], message: str
     assert main(["bench", "decode", str(packed), *arguments]) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1 and (packed / "losa.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("{", "is damaged (JSONDecodeError"),
+        ("{}", "is damaged (KeyError: 'format')"),
+        ("[]", "is damaged (TypeError"),
+        ('{"format": 2}', "is of format 2, this losa reads 1"),
+        ('{"format": 1}', "is damaged (KeyError: 'command')"),
+    ],
+)
+def test_a_damaged_losa_json(llama: Path, tmp_path: Path, capsys: Any, told: str, message: str) -> None:
+    copy = shutil.copytree(llama, tmp_path / "copy")
+    (copy / "losa.json").write_text(told)
+    for command in (["bench", "decode", str(copy), "--save"], ["inspect", str(copy)]):
+        assert main(command) == 2
+        printed = capsys.readouterr().err
+        assert message in printed and printed.count("\n") == 1
 
 
 def test_a_folder_without_a_run_has_no_place(llama: Path, capsys: Any) -> None:

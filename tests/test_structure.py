@@ -497,6 +497,38 @@ def test_a_dry_run_counts_the_statistics(
     assert json.loads(capsys.readouterr().out)["memory"] > 0
 
 
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("linears", "message"),
+    [
+        (None, "does not describe linears of other widths"),
+        ([UP], "does not describe linears of other widths"),
+        ({UP: [48, 32]}, "does not describe linears of other widths"),
+        ({UP: "abc"}, "does not describe linears of other widths"),
+        ({UP: 7}, "does not describe linears of other widths"),
+        ({UP: [-3, 32, False]}, "does not describe linears of other widths"),
+        ({UP: [0, 32, False]}, "does not describe linears of other widths"),
+        ({UP: [40.0, 32, False]}, "does not describe linears of other widths"),
+        ({UP: [40, 32, 1]}, "does not describe linears of other widths"),
+        ({UP: [49, 32, False]}, rf"resizes {UP} to \[49, 32\], the model has no more than \[48, 32\]"),
+        ({"model.norm": [4, 4, False]}, "resizes 'model.norm', which is no linear of LlamaForCausalLM"),
+        ({"up": [4, 4, False]}, "resizes 'up', which is no linear of LlamaForCausalLM"),
+    ],
+)
+def test_a_damaged_account_of_widths(linears: Any, message: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    stored = {"quant_method": loading.STRUCTURED} | ({} if linears is None else {"linears": linears})
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    with pytest.raises(LosaError, match=message) as caught:
+        model.skeleton(model.load_config(str(source)))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(LosaError, match=message):  # not wrapped, whoever loads it
+        transformers.AutoModelForCausalLM.from_pretrained(source)
+
+
 def test_masks_that_are_not_rows_times_columns_are_refused() -> None:
     whole = tiny()
     subject = Subject(whole, None, find_blocks(whole), "", torch.float32)

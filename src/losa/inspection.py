@@ -1,6 +1,5 @@
 """Look without running: what a saved model holds, what a run would do and take."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from losa.export import load_masks
 from losa.progress import Progress
 from losa.recipe import Recipe, from_settings
 from losa.recovery.low_rank import MaskedLowRank
-from losa.run import FORMAT, read_recipe
+from losa.run import read_made, read_recipe
 from losa.sparse.linear import layouts_in
 from losa.units import dtype_name
 
@@ -35,12 +34,7 @@ def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
         )
     made: dict[str, Any] | None = None
     if (folder / "losa.json").is_file():
-        try:
-            made = json.loads((folder / "losa.json").read_text())
-            if made["format"] != FORMAT:
-                raise LosaError(f"{folder / 'losa.json'} is of format {made['format']}, this losa reads {FORMAT}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise LosaError(f"{folder / 'losa.json'} is damaged: {error}") from None
+        made = read_made(folder / "losa.json")
     config = model.load_config(str(folder))
     whole, layouts = model.skeleton(config), layouts_in(config)
     blocks = prunable(whole, _pruned_by(made["recipe"])) if made is not None else find_blocks(whole)

@@ -77,9 +77,9 @@ def register() -> None:
             return True
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            from losa.widths import resize
+            from losa.widths import read_widths, resize
 
-            resize(model, self.quantization_config.linears)
+            resize(model, read_widths(self.quantization_config.to_dict()))
 
         def postprocess_model(self, model: Any, **_: Any) -> None:
             self.remove_quantization_config(model)

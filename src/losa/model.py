@@ -254,10 +254,10 @@ def skeleton(config: Any) -> Any:
     with loading(config.name_or_path or config.model_type), torch.device("meta"):
         whole: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored["quant_method"] == STRUCTURED:
-        from losa.widths import resize
+    if isinstance(stored, dict) and stored.get("quant_method") == STRUCTURED:
+        from losa.widths import read_widths, resize
 
-        resize(whole, stored["linears"])
+        resize(whole, read_widths(stored))
     return whole
 
 

@@ -306,6 +306,30 @@ def read_recipe(output: Path) -> dict[str, Any]:
         raise LosaError(f"{path} is damaged: start a new run in another folder, or with --overwrite") from None
 
 
+def read_made(path: Path, any_format: bool = False) -> dict[str, Any]:
+    """losa.json. Raises LosaError for a damaged one, and for one of another format, of which nothing else is known."""
+    kinds = {"command": str, "source": str, "versions": dict, "recipe": dict, "measurements": dict, "history": list}
+    try:
+        made: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if made["format"] == FORMAT:
+            if wrong := [name for name, kind in kinds.items() if not isinstance(made[name], kind)]:
+                raise TypeError(f"{wrong[0]} is no {kinds[wrong[0]].__name__}")
+            measured = made["measurements"]
+            if not all(isinstance(found, dict) for found in (measured["sparse"], *measured.values())):
+                raise TypeError("measurements hold what is no dict")
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(path, error) from None
+    if made["format"] != FORMAT and not any_format:
+        raise LosaError(f"{path} is of format {made['format']}, this losa reads {FORMAT}: use the losa that wrote it")
+    return made
+
+
+def damaged(path: Path, error: Exception) -> LosaError:
+    """What to raise where a losa.json could not be read for that."""
+    what = f"{type(error).__name__}: {error}"
+    return LosaError(f"{path} is damaged ({what}): make the model again, or take that file away")
+
+
 def may_be_same(was: str, now: str) -> bool:
     """Whether two names may be of one model: written otherwise, or moved. Whether they are, only what is in them says."""
     there = Path(now).expanduser()

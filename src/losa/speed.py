@@ -14,7 +14,7 @@ from torch import Tensor
 from losa import bench, model
 from losa.errors import LosaError
 from losa.recipe import Recipe
-from losa.run import may_be_same, write_json
+from losa.run import may_be_same, read_made, write_json
 from losa.sparse import decoding
 
 T = TypeVar("T")
@@ -141,13 +141,11 @@ def _place(source: str, against: str) -> Path:
     place = Path(source) / "losa.json"
     if not place.is_file():
         raise LosaError(f"--save needs a folder that losa compress or recover has made: {str(place)!r} is not there")
-    made = json.loads(place.read_text())
-    if against and not may_be_same(made.get("source", ""), against):
+    made = read_made(place)
+    if against and not may_be_same(made["source"], against):
         raise LosaError(
-            f"--save with --against {against!r}: {source!r} was made from {made.get('source')!r}, name that"
+            f"--save with --against {against!r}: {source!r} was made from {made['source']!r}, name that"
         )
-    if "sparse" not in made.get("measurements", {}):
-        raise LosaError(f"{str(place)!r} has no measurements of the sparse model to put the speed beside")
     return place
 
 

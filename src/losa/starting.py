@@ -1,6 +1,5 @@
 """How a run starts: everything checked, the model loaded, then what is to be made of it; nothing is written before."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from losa.inputs import Inputs, check, fingerprint, read
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.recovery.distillation import check_vocabulary
-from losa.run import Run, code, versions
+from losa.run import Run, code, read_made, versions
 from losa.units import dtype_name
 
 
@@ -148,7 +147,7 @@ def finished(run: Run, recipe: Recipe, tokenizer: Any) -> Result:
     output = run.output
     assert output is not None
     run.drop_states()
-    made = json.loads((output / "losa.json").read_text())
+    made = read_made(output / "losa.json")
     whole = not run.from_disk and registry.get("recovery", recipe.recovery).merges
     loaded = model.load(str(output), recipe) if whole else None
     return Result(loaded, tokenizer, recipe, made["measurements"], made["history"], output)

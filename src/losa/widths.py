@@ -5,12 +5,37 @@ from typing import Any
 import torch
 from torch import nn
 
+from losa.errors import LosaError
+
+
+def read_widths(config: dict[str, Any]) -> dict[str, list[Any]]:
+    """The linears that `losa.shrink` wrote into config.json, for `resize`. Raises LosaError for what it cannot have written."""
+    linears = config.get("linears")
+    try:
+        for entry in linears.values():  # type: ignore[union-attr]
+            rows, columns, bias = entry
+            if any(type(number) is not int or number < 1 for number in (rows, columns)) or type(bias) is not bool:
+                raise ValueError(entry)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise LosaError(
+            f"config.json does not describe linears of other widths ({error!r}): the model is damaged"
+        ) from None
+    found: dict[str, list[Any]] = linears  # type: ignore[assignment]
+    return found
+
 
 def resize(whole: nn.Module, linears: dict[str, list[Any]]) -> None:
-    """Give the linears of a model, which may be on the meta device, new shapes: name -> [out, in, whether it has a bias]."""
+    """Give the linears of a model, which may be on the meta device, new shapes: name -> [out, in, whether it has a bias].
+
+    Raises LosaError where the model has no such linear, or only a narrower one.
+    """
     for full, (rows, columns, bias) in linears.items():
         name, old = named(whole, full)
-        assert isinstance(old, nn.Linear)
+        if not isinstance(old, nn.Linear):
+            raise LosaError(f"config.json resizes {full!r}, which is no linear of {type(whole).__name__}")
+        if rows > old.out_features or columns > old.in_features:
+            has = [old.out_features, old.in_features]
+            raise LosaError(f"config.json resizes {full} to {[rows, columns]}, the model has no more than {has}")
         whole.set_submodule(name, linear_like(old, rows, columns, bias, old.weight.device))
     recount(whole)
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from losa.checkpoint import INDEX, MASKS, SINGLE, Checkpoint, files_of, weight_b
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.progress import Progress
-from losa.run import CARD, FORMAT, share, sync, write_bytes, write_json, writing
+from losa.run import CARD, FORMAT, damaged, read_made, share, sync, write_bytes, write_json, writing
 from losa.shrink import OURS, PLAIN
 from losa.sparse.linear import describe, layouts_in
 from losa.sparse.packed import FLOATS, SUFFIXES, Layout, Packed, pack, unpack
@@ -48,6 +49,7 @@ def convert(
     config = model.load_config(str(source))
     layouts = layouts_in(config) or {}
     _check(source, config, layouts, form, values)
+    told = _told(source)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise LosaError(f"output {str(output)!r} exists: name a new folder")
     files = Checkpoint(source, layouts)
@@ -77,7 +79,8 @@ def convert(
         if kept:
             writer.save(kept, MASKS, {"losa": str(FORMAT)})
         _copy_rest(source, staging, describe(made) if made else None)
-        _note(staging, source, {"from": str(folder), "format": form, "values": values}, OURS if made else PLAIN)
+        what = {"from": str(folder), "format": form, "values": values}
+        _note(staging, source, told, what, OURS if made else PLAIN)
     return {
         "output": str(output),
         "linears": len(linears),
@@ -200,12 +203,25 @@ def _copy_rest(source: Path, target: Path, stored: dict[str, Any] | None) -> Non
     write_bytes(target / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _note(target: Path, source: Path, what: dict[str, str], loads: str) -> None:
+def _told(source: Path) -> dict[str, Any] | None:
+    """losa.json, None if there is none. Raises LosaError where no card can be written from it, before the weights are."""
+    path = source / "losa.json"
+    if not path.is_file():
+        return None
+    told = read_made(path, any_format=True)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _note(Path(folder), source, told, {"from": "", "format": "dense", "values": "auto"}, PLAIN)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise damaged(path, error) from None
+    return told
+
+
+def _note(target: Path, source: Path, told: dict[str, Any] | None, what: dict[str, str], loads: str) -> None:
     """Say in losa.json, if there is one, that what it tells was of the model before this; and a card of its own."""
-    path = target / "losa.json"
-    if path.is_file():
-        made = json.loads(path.read_text()) | {"exported": what}
-        write_json(path, made)
+    if told is not None:
+        made = told | {"exported": what}
+        write_json(target / "losa.json", made)
         if made["format"] == FORMAT:
             shown = made | {"recipe": made["recipe"] | {"format": what["format"], "values": what["values"]}}
             shown["measurements"] = made["measurements"] | {"sparse": made["measurements"]["sparse"] | {"loads": loads}}

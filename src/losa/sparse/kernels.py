@@ -32,7 +32,10 @@ class Kernel(Protocol):
         """
 
     def multiply(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-        """x [..., in] -> x W^T + bias [..., out] of x's type, summed in float32. Of what it does not refuse."""
+        """x [..., in] -> x W^T + bias [..., out] of x's type, summed in float32. Of what it does not refuse.
+
+        All on one device, and all but x contiguous.
+        """
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,10 @@ def _log(taken: str, packed: Packed, x_dtype: torch.dtype, refused: dict[str, st
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., in] -> x W^T + bias, [..., out], of x's type.
 
-    Raises LosaError if the kernel that LOSA_KERNEL names is unknown or refuses, ValueError if x is not as wide as W.
+    Raises LosaError if the kernel that LOSA_KERNEL names is unknown or refuses, and if the tensors are on several devices;
+    ValueError if x is not as wide as W, or the bias not as long.
     """
-    if _traced(x):
+    if _traced(x, bias):
         n, m = (0, 0) if packed.nm is None else (packed.nm.n, packed.nm.m)
         tensors = (packed.values, packed.mask, packed.offsets, packed.scales)
         result: Tensor = packed_linear(x, *tensors, bias, packed.in_features, n, m)
@@ -105,12 +109,12 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     return _multiply(x, packed, bias)
 
 
-def _traced(x: Tensor) -> bool:
+def _traced(x: Tensor, bias: Tensor | None) -> bool:
     """Whether torch must see an op of its own: to compile, to trace, to refuse a gradient. It takes 20 us on a CPU."""
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
-        or (x.requires_grad and torch.is_grad_enabled())
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
@@ -118,7 +122,15 @@ def _traced(x: Tensor) -> bool:
 def _multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if x.shape[-1] != packed.in_features:
         raise ValueError(f"a packed linear of {packed.in_features} columns was given {list(x.shape)}")
-    return choose(packed, x.dtype, x.device).kernel.multiply(x, packed, bias)
+    if bias is not None:
+        if bias.shape != (packed.out_features,):
+            raise ValueError(f"a packed linear of {packed.out_features} rows was given a bias {list(bias.shape)}")
+        bias = bias.contiguous()
+    device = x.device
+    for tensor in (packed.values, packed.mask, packed.offsets, packed.scales, bias):
+        if tensor is not None and tensor.device != device:  # kernels read through pointers
+            raise LosaError(f"a packed linear on {tensor.device} was given activations on {device}: move one of them")
+    return choose(packed, x.dtype, device).kernel.multiply(x, packed, bias)
 
 
 @torch.library.custom_op("losa::packed_linear", mutates_args=())

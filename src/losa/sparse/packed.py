@@ -184,7 +184,8 @@ def unpack(packed: Packed, dtype: torch.dtype | None = None) -> tuple[Tensor, Te
 def check(packed: Packed, name: str, layout: Layout | None = None) -> None:
     """Raise LosaError naming the linear if its tensors do not belong together; what passes is safe to multiply by.
 
-    layout: what config.json says of it. Reads the masks once, of the values only what pads them.
+    It is contiguous, too, and on one device. layout: what config.json says of it. Reads the masks once, of the values
+    only what pads them.
     """
 
     def damaged(what: str) -> LosaError:
@@ -196,6 +197,11 @@ def check(packed: Packed, name: str, layout: Layout | None = None) -> None:
             raise damaged(f"there is no {suffix}")
         if list(tensor.shape) != shape or tensor.dtype != dtype:
             raise damaged(f"{suffix} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {shape}")
+        if tensor.device != packed.values.device:
+            where = f"{suffix} is on {tensor.device}, the values on {packed.values.device}"
+            raise LosaError(f"{name}: {where}: a packed linear lies on one device")
+        if not tensor.is_contiguous():  # kernels read through pointers
+            raise LosaError(f"{name}: {suffix} is a view with strides {list(tensor.stride())}: copy it, .contiguous()")
     if packed.values.dtype not in DTYPES.values():
         raise damaged(f"values of {packed.values.dtype} are not known")
     if packed.kept < 0 or packed.kept >= MOST:
