@@ -211,7 +211,9 @@ def test_what_kernels_cannot_read_through_pointers_is_refused(name: str) -> None
     assert torch.equal(strided, part)
     with pytest.raises(LosaError, match=r"it: weight\w* is a view with strides .*: copy it"):
         check(dataclasses.replace(packed, **{name: strided}), "it", packed.layout)
-    with pytest.raises(LosaError, match=r"it: weight\w* is on \w+, the values on \w+: a packed linear lies on one device"):
+    with pytest.raises(
+        LosaError, match=r"it: weight\w* is on \w+, the values on \w+: a packed linear lies on one device"
+    ):
         check(dataclasses.replace(packed, **{name: part.to("meta")}), "it", packed.layout)
 
 

@@ -143,9 +143,7 @@ def _place(source: str, against: str) -> Path:
         raise LosaError(f"--save needs a folder that losa compress or recover has made: {str(place)!r} is not there")
     made = read_made(place)
     if against and not may_be_same(made["source"], against):
-        raise LosaError(
-            f"--save with --against {against!r}: {source!r} was made from {made['source']!r}, name that"
-        )
+        raise LosaError(f"--save with --against {against!r}: {source!r} was made from {made['source']!r}, name that")
     return place
 
 
