@@ -218,6 +218,16 @@ def test_compress_packed_is_compress_then_export(tmp_path: Path, llama: Path, sm
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize("change", [lambda bits: bits[0].clone(), lambda bits: bits.short()])
+def test_masks_that_are_none(tmp_path: Path, change: Any) -> None:
+    dense, name = save_pruned(tmp_path / "dense"), "model.layers.0.mlp.up_proj"
+    bits = load_masks(dense)
+    save_file(bits | {name: change(bits[name])}, dense / "masks.safetensors")
+    with pytest.raises(LosaError, match=r"is damaged: .*up_proj is torch\..* a packed mask is torch\.uint8 \[out"):
+        convert(dense, tmp_path / "packed", "packed")
+    assert not (tmp_path / "packed").exists()
+
+
 def test_a_damaged_losa_json(
     tmp_path: Path, llama: Path, small: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from losa import card
@@ -162,8 +163,13 @@ def read_masks(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(folder / MASKS)
+        found = load_file(folder / MASKS)
     except FileNotFoundError:
         raise LosaError(f"{str(folder)!r} has no {MASKS}: it was not made by losa") from None
     except (SafetensorError, OSError) as error:
         raise LosaError(f"{folder / MASKS} is damaged: {error}") from None
+    for name, bits in found.items():
+        if bits.dtype != torch.uint8 or bits.ndim != 2:
+            what = f"{name} is {bits.dtype} {list(bits.shape)}, a packed mask is torch.uint8 [out, in / 8]"
+            raise LosaError(f"{folder / MASKS} is damaged: {what}")
+    return found
