@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,14 +219,31 @@ def test_compress_packed_is_compress_then_export(tmp_path: Path, llama: Path, sm
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("change", [lambda bits: bits[0].clone(), lambda bits: bits.short()])
-def test_masks_that_are_none(tmp_path: Path, change: Any) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda bits: bits[0].clone(), r"masks\.safetensors is damaged: .*up_proj is torch\.uint8 \[4\], a packed mask is"),
+        (lambda bits: bits.short(), r"is torch\.int16 \[48, 4\], a packed mask is torch\.uint8 \[out, in / 8\]"),
+        (lambda bits: bits[1:].clone(), r"up_proj: the mask in '.*dense' does not fit its weight \[48, 32\]"),
+        (lambda bits: bits[:, 1:].clone(), "does not fit its weight"),
+    ],
+)
+def test_masks_that_are_none(tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
     dense, name = save_pruned(tmp_path / "dense"), "model.layers.0.mlp.up_proj"
     bits = load_masks(dense)
     save_file(bits | {name: change(bits[name])}, dense / "masks.safetensors")
-    with pytest.raises(LosaError, match=r"is damaged: .*up_proj is torch\..* a packed mask is torch\.uint8 \[out"):
+    with pytest.raises(LosaError, match=message) as caught:
         convert(dense, tmp_path / "packed", "packed")
-    assert not (tmp_path / "packed").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "packed").exists()
+
+
+def test_inspect_misses_a_mask(tmp_path: Path, llama: Path, small: Recipe) -> None:
+    compress(str(llama), changed(small, steps=1, recovery="none", eval_data=""), tmp_path / "out")
+    bits = load_masks(tmp_path / "out")
+    del bits["model.layers.1.mlp.up_proj"]
+    save_file(bits, tmp_path / "out" / "masks.safetensors")
+    with pytest.raises(LosaError, match=r"model\.layers\.1\.mlp\.up_proj has no mask"):
+        inspect(tmp_path / "out")
 
 
 def test_a_damaged_losa_json(

@@ -161,6 +161,17 @@ def test_unpack_refuses_another_width(columns: int) -> None:
         masks.unpack(torch.zeros(3, 2, dtype=torch.uint8), columns)
 
 
+def test_a_saved_mask_fits_its_weight() -> None:
+    bits = masks.pack(torch.ones(3, 17, dtype=torch.bool))
+    assert bool(masks.of_weight("it", (3, 17), bits, "there").all())
+    for wrong in (bits[:2], bits[:, :2]):
+        with pytest.raises(LosaError, match=r"it: the mask in 'there' does not fit its weight \[3, 17\]"):
+            masks.of_weight("it", (3, 17), wrong, "there")
+    bits[1, 2] |= 2
+    with pytest.raises(LosaError, match="it: spare bits of the mask in 'there' are set"):
+        masks.of_weight("it", (3, 17), bits, "there")
+
+
 def test_sparsity() -> None:
     assert masks.sparsity(torch.tensor([[True, False], [False, False]])) == 0.75
     assert masks.sparsity(torch.ones(3, 3, dtype=torch.bool)) == 0

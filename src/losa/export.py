@@ -169,7 +169,7 @@ def read_masks(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise LosaError(f"{folder / MASKS} is damaged: {error}") from None
     for name, bits in found.items():
-        if bits.dtype != torch.uint8 or bits.ndim != 2:
-            what = f"{name} is {bits.dtype} {list(bits.shape)}, a packed mask is torch.uint8 [out, in / 8]"
+        if not name.endswith((".rows", ".columns")) and (bits.dtype != torch.uint8 or bits.ndim != 2):
+            what = f"{name} is {bits.dtype} {list(bits.shape)}, a packed mask is {torch.uint8} [out, in / 8]"
             raise LosaError(f"{folder / MASKS} is damaged: {what}")
     return found

@@ -54,7 +54,9 @@ def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
                 gone = len(rows) * len(columns) - weight.numel()
                 found = {"weights": weight.numel() + gone, "zeros": found["zeros"] + gone, "pruned": gone}
             elif bits and (made is not None or name in bits):
-                mask = masks.unpack(bits[name], weight.shape[1])
+                if name not in bits:
+                    raise LosaError(f"{name} has no mask: {str(folder)!r} was changed")
+                mask = masks.of_weight(name, weight.shape, bits[name], folder)
                 masks.check_held(name, weight, mask, folder)
                 found["pruned"] = int((~mask).sum())
             linears[name.removeprefix(f"{block.name}.")] = found

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -113,6 +114,16 @@ def _table(device: torch.device) -> Tensor:
         shifts = torch.arange(8)
         bits = (torch.arange(256).unsqueeze(1) >> shifts) & 1
         return bits.to(torch.bool).view(torch.int64).squeeze(1).to(device)
+
+
+def of_weight(name: str, shape: Sequence[int], bits: Tensor, folder: object) -> Tensor:
+    """The mask, bool, of a weight of that shape [out, in]. Raises LosaError if `bits`, uint8 and 2-D out of `folder`, is not its."""
+    rows, columns = shape
+    if list(bits.shape) != [rows, -(-columns // 8)]:
+        raise LosaError(f"{name}: the mask in {str(folder)!r} does not fit its weight {[rows, columns]}")
+    if columns % 8 and bool((bits[:, -1] >> columns % 8).any()):
+        raise LosaError(f"{name}: spare bits of the mask in {str(folder)!r} are set: it is damaged")
+    return unpack(bits, columns)
 
 
 def check_held(name: str, weight: Tensor, mask: Tensor, folder: object) -> None:

@@ -93,10 +93,7 @@ def find_masks(weights: Iterable[tuple[str, Tensor]], folder: Path | None) -> Fo
     for name, weight in weights:
         kept = weight != 0
         if name in saved:
-            bits = saved[name]
-            if bits.dtype != torch.uint8 or bits.shape != (len(weight), -(-weight.shape[1] // 8)):
-                raise LosaError(f"{name}: the mask in {str(folder)!r} does not fit its weight {list(weight.shape)}")
-            kept = masks.unpack(bits.to(weight.device), weight.shape[1])
+            kept = masks.of_weight(name, weight.shape, saved[name].to(weight.device), folder)
             masks.check_held(name, weight, kept, folder)
         elif masks.sparsity(kept) < ACCIDENTAL:
             kept = torch.ones_like(kept)

@@ -62,7 +62,7 @@ def convert(
         for key in (progress or Progress(quiet=True)).track(list(files.files), "writing", "tensor"):
             if key in linears:
                 name, shape = linears[key]
-                weight, mask = _read(files, name, shape, kept, config)
+                weight, mask = _read(source, files, name, shape, kept, config)
                 packed = _pack(weight, mask, values, made) if form == "packed" else None
                 if packed is None:
                     writer.add(key, weight)
@@ -121,7 +121,7 @@ def _linears(config: Any, files: Checkpoint) -> dict[str, tuple[str, list[int]]]
 
 
 def _read(
-    files: Checkpoint, name: str, shape: list[int], kept: dict[str, Tensor], config: Any
+    source: Path, files: Checkpoint, name: str, shape: list[int], kept: dict[str, Tensor], config: Any
 ) -> tuple[Tensor, Tensor]:
     """A linear's weight, dense, and its mask."""
     if name in files.packed:
@@ -135,8 +135,8 @@ def _read(
         return weight, weight.view(
             {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
         ) != 0
-    mask = masks.unpack(kept[name], shape[1])
-    if list(mask.shape) != shape or bool((weight[~mask] != 0).any()):
+    mask = masks.of_weight(name, shape, kept[name], source)
+    if bool((weight[~mask] != 0).any()):
         raise LosaError(f"{name}: weights that {MASKS} prunes are not zero: the model was changed after pruning")
     return weight, mask
 
