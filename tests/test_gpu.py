@@ -200,10 +200,18 @@ def test_compressed_once_and_again_when_written_to(monkeypatch: pytest.MonkeyPat
     packed.values[0] = 7
     kernel.multiply(x, packed)
     assert len(dense) == 2 and (dense[1] == 7).sum() == 1
+    assert len(semi_structured._held) == 1
+    detached = packed.values.detach()
     del packed, same
+    assert len(semi_structured._held) == 0, "the mask is gone, and the compressed copy is still held"
+    del detached
     other = made(32, 64, torch.bfloat16, (2, 4))
     kernel.multiply(x, other)
-    assert len(dense) == 3 and len(semi_structured._held) == 1
+    values, mask = other.values.detach(), other.mask.detach()
+    del other
+    assert len(dense) == 3 and len(semi_structured._held) == 1  # by what lies in the same memory
+    del values, mask
+    assert not semi_structured._held
 
 
 # ------------------------------------------------------------------------------------------------------ the benchmark

@@ -5,6 +5,7 @@ the first product and kept beside it as long as the packed tensors live, so that
 """
 
 import warnings
+import weakref
 
 import torch
 from torch import Tensor
@@ -56,12 +57,14 @@ class SemiStructured:
 def _compressed(packed: Packed) -> Tensor:
     """The weight as torch's hardware wants it, made once; again if a packed tensor was written to since."""
     parts = (packed.values, packed.mask)
-    key = tuple((StorageWeakRef(part.untyped_storage()), int(part.storage_offset())) for part in parts)
+    storages = [part.untyped_storage() for part in parts]  # of which the tensors, which come and go, are views
+    key = tuple((StorageWeakRef(s), int(part.storage_offset())) for s, part in zip(storages, parts, strict=True))
     version = tuple(0 if part.is_inference() else part._version for part in parts)
     found = _held.get(key)
     if found is None or found[0] != version:
-        for old in [old for old in _held if any(storage.expired() for storage, _ in old)]:
-            del _held[old]
+        if found is None:
+            for storage in storages:
+                weakref.finalize(storage, _held.pop, key, None).atexit = False
         found = _held[key] = (version, _compress(unpack(packed)[0]))
     return found[1]
 
