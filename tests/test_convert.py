@@ -222,7 +222,10 @@ def test_compress_packed_is_compress_then_export(tmp_path: Path, llama: Path, sm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda bits: bits[0].clone(), r"masks\.safetensors is damaged: .*up_proj is torch\.uint8 \[4\], a packed mask is"),
+        (
+            lambda bits: bits[0].clone(),
+            r"masks\.safetensors is damaged: .*up_proj is torch\.uint8 \[4\], a packed mask is",
+        ),
         (lambda bits: bits.short(), r"is torch\.int16 \[48, 4\], a packed mask is torch\.uint8 \[out, in / 8\]"),
         (lambda bits: bits[1:].clone(), r"up_proj: the mask in '.*dense' does not fit its weight \[48, 32\]"),
         (lambda bits: bits[:, 1:].clone(), "does not fit its weight"),

@@ -88,7 +88,11 @@ def test_int8_is_within_half_a_step(rows: int, columns: int, scale: float, seed:
 
 def test_int8_of_the_smallest_weights() -> None:
     """Scales are rounded up to the least bfloat16, 2^-133; only what float32 divides to zero has none."""
-    for weight, scale, q in (([1e-39, 5e-40], 2.0**-133, [11, 5]), ([2e-43, 0], 2.0**-133, [0, 0]), ([8e-44, 0], 0, [0, 0])):
+    for weight, scale, q in (
+        ([1e-39, 5e-40], 2.0**-133, [11, 5]),
+        ([2e-43, 0], 2.0**-133, [0, 0]),
+        ([8e-44, 0], 0, [0, 0]),
+    ):
         packed = pack(torch.tensor([weight]), torch.ones(1, 2, dtype=torch.bool), torch.int8)
         assert packed.scales is not None
         assert packed.scales.tolist() == [[scale]] and packed.values[:2].tolist() == q

@@ -410,7 +410,9 @@ def test_tampered_files_are_refused_or_whole(fuzzed: Path, data: st.DataObject) 
         else:
             del raw[place:]
     (fuzzed / f"tampered-{name}").write_bytes(bytes(raw))
-    files = {file: fuzzed / (f"tampered-{file}" if file == name else file) for file in ("config.json", "model.safetensors")}
+    files = {
+        file: fuzzed / (f"tampered-{file}" if file == name else file) for file in ("config.json", "model.safetensors")
+    }
     try:
         config = json.loads(files["config.json"].read_bytes())
     except (ValueError, RecursionError):  # said by transformers
@@ -421,8 +423,9 @@ def test_tampered_files_are_refused_or_whole(fuzzed: Path, data: st.DataObject) 
 
 ENTRIES = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 100) | st.just(2**70) | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["shape", "kept", "nm"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["shape", "kept", "nm"]), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -450,7 +453,7 @@ def refused_or_whole(stored: dict[str, Any], path: Path) -> None:
         held = load_file(path)
         for name in layouts:
             linear = named(whole, name)[1]
-            for suffix, parameter in list(linear.named_parameters(recurse=False)):
+            for suffix in dict(linear.named_parameters(recurse=False)):
                 key = f"{name}.{suffix}"
                 setattr(linear, suffix, torch.nn.Parameter(held[key if key in held else key.partition(".")[2]], False))
         finish(whole, layouts)
