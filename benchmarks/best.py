@@ -9,6 +9,7 @@ JSON a result; what the file holds is not run again. Two processes can share the
 """
 
 import argparse
+import json
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -49,13 +50,12 @@ def results(
                 yield key, settings, name
 
 
-def parts(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
+def parts() -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
     """The same for PARTS; those that are whole recipes are the results of these."""
-    sparsity = SPARSITIES[-1]
-    whole = {key["method"]: (key, settings, recipe) for key, settings, recipe in results(path, 1, [sparsity])}
+    at = {"sparsity": SPARSITIES[-1], "seed": 0}
     for part, (recipe, settings) in PARTS.items():
-        key = {"phase": "parts", "part": part, "sparsity": sparsity, "seed": 0}
-        yield whole[part] if part in whole else (key, settings | {"sparsity": sparsity, "seed": 0}, recipe)
+        key = {"phase": "parts", "part": part} if settings else {"phase": "best", "method": part}
+        yield key | at, settings | at, recipe
 
 
 def tuned(path: Path, sparsity: float) -> float:
@@ -76,12 +76,13 @@ def table(path: Path) -> str:
     for sparsity in SPARSITIES:
         by = {m: {r["seed"]: r for r in lines if (r["method"], r["sparsity"]) == (m, sparsity)} for m in METHODS}
         for method, runs in by.items():
+            if not runs:
+                continue
             both = [(run, by["paper"][seed]) for seed, run in runs.items() if seed in by["paper"]]
             gone = [1 - (run["perplexity"] - run["dense"]) / (p["perplexity"] - p["dense"]) for run, p in both]
             slower = [run["processor_seconds"] / p["processor_seconds"] for run, p in both]
-            told = (
-                [f"{statistics.mean(gone):.0%}", f"{statistics.median(slower):.2f}"] if method != "paper" else ["", ""]
-            )
+            compared = bool(both) and method != "paper"
+            told = [f"{statistics.mean(gone):.0%}", f"{statistics.median(slower):.2f}"] if compared else ["", ""]
             rows.append([f"`{method}`", f"{sparsity:.0%}", cell([run["perplexity"] for run in runs.values()]), *told])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -89,9 +90,10 @@ def table(path: Path) -> str:
 def table_of_parts(path: Path) -> str:
     """Perplexity and processor seconds of each of PARTS that is there."""
     rows = [["at 70%, one seed", "perplexity", "processor seconds"], ["---"] * 3]
-    found = {line.get("part", line.get("method")): line for line in read(path).values() if line.get("seed") == 0
-             and line["sparsity"] == SPARSITIES[-1] and line["phase"] in ("parts", "best")}  # fmt: skip
-    rows += [[p, f"{found[p]['perplexity']:.2f}", f"{found[p]['processor_seconds']:.0f}"] for p in PARTS if p in found]
+    lines = read(path)
+    for part, (key, _, _) in zip(PARTS, parts(), strict=True):
+        if found := lines.get(json.dumps(key)):
+            rows.append([part, f"{found['perplexity']:.2f}", f"{found['processor_seconds']:.0f}"])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -115,7 +117,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    wanted = parts(args.results) if args.parts else results(args.results, args.seeds, args.sparsity)
+    wanted = parts() if args.parts else results(args.results, args.seeds, args.sparsity)
     for key, settings, recipe in wanted:
         once(args.results, key, settings, recipe)
     return None
