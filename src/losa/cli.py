@@ -14,6 +14,10 @@ from losa.errors import LosaError
 from losa.experiments import tables
 from losa.progress import heeding_interrupts
 
+LESS = (
+    "; less is taken with --micro-batch-size 1, --checkpointing, --dtype bfloat16 and shorter sequences, and --dry-run "
+    "says how much"
+)
 # how what was interrupted goes on
 RESUMES = "; the same command with --resume goes on with a run"
 AGAIN = {commands.compress: RESUMES, commands.recover: RESUMES, commands.demo: RESUMES}
@@ -50,13 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
-        less = (
-            "; less is taken with --micro-batch-size 1, --checkpointing, --dtype bfloat16 and shorter sequences, and "
-        )
-        less += "--dry-run says how much"
         runs = command in (commands.compress, commands.recover, commands.experiment)
         distributed.say_end(
-            f"out of memory ({str(error).splitlines()[0]}){less if runs else ''}{AGAIN.get(command, '')}"
+            f"out of memory ({str(error).splitlines()[0]}){LESS if runs else ''}{AGAIN.get(command, '')}"
         )
         return 2
     except KeyboardInterrupt:

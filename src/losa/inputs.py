@@ -54,7 +54,7 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     if output and not resume:
         _check_apart(recipe, output.resolve())
     config = model.load_config(source) if isinstance(source, str) else model.config_of(source, recipe)
-    name = source if isinstance(source, str) else type(source).__name__
+    name = model.name_of(source)
     for given in (source, *([recipe.teacher_model] if recipe.teacher_model else [])):
         model.refuse_adapters(given)
     _check_range(source, recipe)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +19,6 @@ from losa.errors import LosaError
 from losa.loading import STRUCTURED
 from losa.recipe import Recipe
 from losa.units import dtype_name
-
-if TYPE_CHECKING:
-    pass
 
 ADAPTER = "adapter"  # the folder beside a model that has a LoRA which does not merge, as PEFT reads it
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -89,6 +86,11 @@ def locate(source: str) -> str:
         raise LosaError(f"{source!r} is not a model: it has no config.json")
     checkpoint.check_files(path)
     return str(path)
+
+
+def name_of(source: Any) -> str:
+    """What a model is called: a folder or a name on the hub as it is given, a loaded one by its class."""
+    return source if isinstance(source, str) else type(source).__name__
 
 
 def folder_of(source: str) -> Path | None:

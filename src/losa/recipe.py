@@ -309,19 +309,27 @@ def load(names: str | None, overrides: dict[str, Any] | None = None, kind: type[
         found = {} if name is None else _settings_of(name)
         settings |= kind.part_of(found) if name in RECIPES else found
     overrides = overrides or {}
+    gone = _gone(settings, overrides)
+    return from_settings({key: value for key, value in settings.items() if key not in gone} | overrides, kind)
+
+
+def _gone(settings: dict[str, Any], overrides: dict[str, Any]) -> set[str]:
+    """What of recipes' settings gives way to a pattern, or a recovery, that is named on top and cannot be so."""
+    gone: set[str] = set()
+    pattern, recovery = overrides.get("pattern"), overrides.get("recovery")
     if "pattern" in overrides and "sparsity" not in overrides:
-        said = isinstance(overrides["pattern"], str) and patterns.parse(overrides["pattern"]).sparsity
-        settings = {key: value for key, value in settings.items() if key != "sparsity" or not said}
-        structured = overrides["pattern"] == "structured"
-        if "pruner" not in overrides and settings.get("pruner") in (
-            registry.PRUNERS if structured else registry.STRUCTURED
-        ):
-            settings = {key: value for key, value in settings.items() if key not in ("pruner", "pruner_options")}
-    if isinstance(overrides.get("recovery"), str):  # what recipes say of steps and ranks, it need not be able to
-        recovery = registry.get("recovery", overrides["recovery"])
-        able = {"steps": not recovery.once, "rank_by": settings.get("rank_by") in recovery.rank_by}
-        settings = {key: value for key, value in settings.items() if able.get(key, True)}
-    return from_settings(settings | overrides, kind)
+        if isinstance(pattern, str) and patterns.parse(pattern).sparsity:
+            gone.add("sparsity")
+        others = registry.PRUNERS if pattern == "structured" else registry.STRUCTURED
+        if "pruner" not in overrides and settings.get("pruner") in others:
+            gone |= {"pruner", "pruner_options"}
+    if isinstance(recovery, str):
+        method = registry.get("recovery", recovery)
+        if method.once:
+            gone.add("steps")
+        if settings.get("rank_by") not in method.rank_by:
+            gone.add("rank_by")
+    return gone
 
 
 def _settings_of(name_or_path: str) -> dict[str, Any]:

@@ -8,15 +8,7 @@ from typing import Any
 
 import torch
 
-from losa import (
-    data,
-    disk,
-    distributed,
-    memory,
-    model,
-    registry,
-    usage,
-)
+from losa import data, disk, distributed, memory, model, registry, usage
 from losa.blocks import Subject, subject_of
 from losa.errors import LosaError
 from losa.inputs import Inputs, check, fingerprint, read
@@ -57,7 +49,7 @@ def start(
     replaced yet. The other arguments are those of `compress`."""
     output = Path(output) if output is not None else None
     source = os.fspath(source) if isinstance(source, os.PathLike) else source
-    name = source if isinstance(source, str) else type(source).__name__
+    name = model.name_of(source)
     with distributed.joined(device_of(recipe)):
         config = check(source, recipe, output, overwrite, resume)
         asked = {

@@ -10,9 +10,9 @@ from losa.errors import LosaError
 
 def read_widths(config: dict[str, Any]) -> dict[str, list[Any]]:
     """The linears that `losa.shrink` wrote into config.json, for `resize`. Raises LosaError for what it cannot have written."""
-    linears = config.get("linears")
+    found: Any = config.get("linears")
     try:
-        for entry in linears.values():  # type: ignore[union-attr]
+        for entry in found.values():
             rows, columns, bias = entry
             if any(type(number) is not int or number < 1 for number in (rows, columns)) or type(bias) is not bool:
                 raise ValueError(entry)
@@ -20,8 +20,8 @@ def read_widths(config: dict[str, Any]) -> dict[str, list[Any]]:
         raise LosaError(
             f"config.json does not describe linears of other widths ({error!r}): the model is damaged"
         ) from None
-    found: dict[str, list[Any]] = linears  # type: ignore[assignment]
-    return found
+    linears: dict[str, list[Any]] = found
+    return linears
 
 
 def resize(whole: nn.Module, linears: dict[str, list[Any]]) -> None:

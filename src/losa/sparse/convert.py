@@ -136,8 +136,7 @@ def _read(
             {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
         ) != 0
     mask = masks.of_weight(name, shape, kept[name], source)
-    if bool((weight[~mask] != 0).any()):
-        raise LosaError(f"{name}: weights that {MASKS} prunes are not zero: the model was changed after pruning")
+    masks.check_held(name, weight, mask, source)
     return weight, mask
 
 

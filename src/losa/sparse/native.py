@@ -135,7 +135,8 @@ def _passing_folder() -> Path:
 def _compile(command: Sequence[str], path: Path) -> Path:
     """Build the library at `path`; elsewhere, for this process alone, if it lacks a kernel that may compile another time."""
     log.info("building the native kernels with %s, once", command[0])
-    lacking: list[str] = []
+    old: list[str] = []  # what this compiler never makes, and what it may another time
+    passing: list[str] = []
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
 
         def compiled(item: tuple[str, tuple[str, ...]]) -> Path | None:
@@ -147,7 +148,7 @@ def _compile(command: Sequence[str], path: Path) -> Path:
             if name in NEEDED:
                 raise Unavailable(f"{command[0]} does not compile {name}.cpp: {done}")
             line = f"kernel {name} is left out, since {command[0]} does not compile it: {done}"
-            lacking.append(line if OLD.search(done) else f"{line}; it is tried again when losa next starts")
+            (old if OLD.search(done) else passing).append(line)
             return None
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -155,10 +156,10 @@ def _compile(command: Sequence[str], path: Path) -> Path:
         linked = Path(scratch) / path.name
         if done := _run([*command, "-shared", "-pthread", *objects, "-o", str(linked), "-ldl"]):
             raise Unavailable(f"{command[0]} does not link the kernels: {done}")
-        if any("tried again" in line for line in lacking):
+        if passing:
             path = _passing_folder() / path.name
         _reasons(path).unlink(missing_ok=True)  # of a build that was killed
-        if lacking:
+        if lacking := old + [f"{line}; it is tried again when losa next starts" for line in passing]:
             _reasons(path).write_text("; ".join(lacking))
         shutil.move(linked, path)
     return path
