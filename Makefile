@@ -44,10 +44,10 @@ package: .venv/ready
 
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# What losa itself needs; then what its tests and documentation do.
+# What losa itself needs, and its reports; then what its tests and documentation do.
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable .
+	$(PIP) --editable '.[report]'
 	touch $@
 
 .venv/ready: .venv/base

@@ -161,6 +161,17 @@ def test_phases_say_where_the_time_went(run: Path) -> None:
     assert all(phase["memory"] > 50e6 for phase in told.phases)
 
 
+def test_what_recovery_won_is_told_of_the_model_that_was_saved(run: Path, tmp_path: Path) -> None:
+    """Which bfloat16 may have rounded: one figure in the sentence and in the table."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    made = json.loads((copy / "losa.json").read_text())
+    made["measurements"]["dense"]["sample_perplexity"] = 100.0
+    made["history"][-1]["perplexity"] = {"pruned": 300.0, "recovered": 150.0}
+    made["measurements"]["sparse"]["sample_perplexity"] = 151.0
+    (copy / "losa.json").write_text(json.dumps(made))
+    assert "stood at 300.00; the recovery that followed brought it to 151.00" in render([story.read(copy)])
+
+
 def test_decoding_speed_is_shown_if_it_was_measured(run: Path, tmp_path: Path) -> None:
     assert "decoding" not in render([story.read(run)])
     copy = shutil.copytree(run, tmp_path / "copy")

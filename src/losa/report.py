@@ -157,6 +157,8 @@ def _explained(s: Story) -> list[str]:
     dense, last = s.measurements.get("dense", {}).get("sample_perplexity"), s.history[-1] if s.history else None
     found = last["perplexity"] if last else {}
     pruned, recovered = found.get("pruned"), found.get("recovered")
+    if recovered:  # of a run that ended, what was saved: the table's figure, in the dtype that weights are stored in
+        recovered = s.measurements.get("sparse", {}).get("sample_perplexity") or recovered
     if last and dense and pruned and recovered and pruned > dense:
         share = (pruned - recovered) / (pruned - dense)
         lines.append(
