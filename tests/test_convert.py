@@ -256,6 +256,7 @@ def test_a_damaged_losa_json(
     recipe = changed(small, steps=1, recovery="none", eval_data="")
     dense, new = tmp_path / "dense", tmp_path / "new"
     compress(str(llama), recipe, dense)
+    capsys.readouterr()
     whole = json.loads((dense / "losa.json").read_text())
     monkeypatch.setattr(module._Writer, "add", lambda *_: pytest.fail("a weight was written"))
     recipes, measured = whole["recipe"], whole["measurements"]
@@ -266,6 +267,8 @@ def test_a_damaged_losa_json(
         ('"format"', "TypeError: "),
         (json.dumps({"format": 1}), "KeyError: 'command'"),
         (json.dumps(whole | {"history": {}}), "TypeError: history is no list"),
+        (json.dumps(whole | {"history": []}), "TypeError: history is no list of steps with ranks"),
+        (json.dumps(whole | {"history": [{"step": 1}]}), "KeyError: 'ranks'"),
         (json.dumps(whole | {"measurements": {"dense": {}}}), "KeyError: 'sparse'"),
         (json.dumps(whole | {"measurements": measured | {"dense": 3}}), "TypeError: measurements hold"),
         (json.dumps(whole | {"recipe": {}}), "KeyError: "),

@@ -291,6 +291,10 @@ def test_full_writes_no_ranks_and_inspect_reads_it(llama: Path, small: Recipe, t
     assert all(block["rank"] is None for block in inspect(tmp_path / "out")["blocks"])
     made = json.loads((tmp_path / "out" / "losa.json").read_text())
     assert [record["ranks"] for record in made["history"]] == [[], []]
+    made["history"][-1]["ranks"] = [4]
+    (tmp_path / "out" / "losa.json").write_text(json.dumps(made))
+    with pytest.raises(LosaError, match=r"losa\.json is damaged \(ValueError: 1 ranks, 3 blocks\)"):
+        inspect(tmp_path / "out")
 
 
 def test_recovery_stops_at_a_loss_that_is_not_finite(small: Recipe) -> None:

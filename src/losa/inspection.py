@@ -11,7 +11,7 @@ from losa.export import load_masks
 from losa.progress import Progress
 from losa.recipe import Recipe, from_settings
 from losa.recovery.low_rank import MaskedLowRank
-from losa.run import read_made, read_recipe
+from losa.run import damaged, read_made, read_recipe
 from losa.sparse.linear import layouts_in
 from losa.units import dtype_name
 
@@ -41,6 +41,8 @@ def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
     bits = load_masks(folder) if made is not None or layouts is not None else {}
     files = Checkpoint(folder, layouts, experts.stored(whole))
     ranks = made["history"][-1]["ranks"] if made else []
+    if ranks and len(ranks) <= blocks[-1].index:
+        raise damaged(folder / "losa.json", ValueError(f"{len(ranks)} ranks, {blocks[-1].index + 1} blocks"))
     described: list[dict[str, Any]] = []
     for block in (progress or Progress(quiet=True)).track(blocks, "reading", "block"):
         linears = {}

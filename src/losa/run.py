@@ -317,6 +317,9 @@ def read_made(path: Path, any_format: bool = False) -> dict[str, Any]:
             measured = made["measurements"]
             if not all(isinstance(found, dict) for found in (measured["sparse"], *measured.values())):
                 raise TypeError("measurements hold what is no dict")
+            steps = made["history"]
+            if not steps or not all(isinstance(step, dict) and isinstance(step["ranks"], list) for step in steps):
+                raise TypeError("history is no list of steps with ranks")
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, error) from None
     if made["format"] != FORMAT and not any_format:
