@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=shapes, help="OUTxIN, one or more")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--values", nargs="+", default=["bfloat16"], choices=list(DTYPES))
-    parser.add_argument("--activations", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--activations", nargs="+", default=["bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1], help="tokens at once")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=0, help="default: what torch takes")

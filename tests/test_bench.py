@@ -1,6 +1,7 @@
 """losa bench kernel: what it says, and that it times nothing that is wrong."""
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from losa.cli import main
 from losa.errors import LosaError
 from losa.sparse import cpu, kernels, native
 from losa.sparse.packed import Packed
+from losa.sparse.pages import Pages
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +87,7 @@ def test_a_slow_opponent_sits_most_rounds_out(rounds: int, monkeypatch: pytest.M
 def test_nobody_finds_a_matrix_in_the_cache(shape: tuple[int, int]) -> None:
     """Between two readings of one, whoever reads, more than a last-level cache holds is read."""
     cache = bench.last_level_cache()
-    packs = [bench._in_pages(p) for p in bench._packs(*shape, 0.7, torch.bfloat16, bench.CACHES * cache)]
+    packs = bench._packs(*shape, 0.7, torch.bfloat16, bench.CACHES * cache)
     kernel = cpu.Portable()
     opponents = bench._opponents(packs, torch.randn(1, shape[1]).bfloat16(), kernel, bench.CACHES * cache)
     read: list[tuple[Any, int]] = []
@@ -104,6 +106,20 @@ def test_nobody_finds_a_matrix_in_the_cache(shape: tuple[int, int]) -> None:
         assert where not in last or sum(between.values()) > cache
         last[where] = i
     assert len(last) >= 2 * 3
+
+
+def test_small_matrices_share_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A huge page for each of thousands would be gigabytes."""
+    made: list[Pages] = []
+
+    class Counted(Pages):
+        def __init__(self, sizes: Sequence[int]) -> None:
+            made.append(self)
+            super().__init__(sizes)
+
+    monkeypatch.setattr(bench, "Pages", Counted)
+    found = bench.kernel("8x24", 0.5, rounds=2)
+    assert min(found["matrices"][who] for who in ("losa", "torch_bf16")) > 100 and len(made) <= 4
 
 
 @pytest.mark.parametrize("rows", [2, cpu.ROWS + 1])
@@ -133,6 +149,7 @@ def test_prints_each_refusal(capsys: pytest.CaptureFixture[str], monkeypatch: py
     [
         (["kernel", "--shape", "11008"], "shape '11008' is not OUTxIN, as in 11008x4096"),
         (["kernel", "--shape", "0x8"], "not OUTxIN"),
+        (["kernel", "--shape", f"{10**23}x8"], "2^31 and more are not timed"),
         (["kernel", "--sparsity", "1"], "sparsity must be at least 0 and below 1, not 1.0"),
         (["kernel", "--values", "bf16"], "unknown type of values 'bf16'"),
         (["kernel", "--activations", "int8"], "unknown type of activations 'int8'"),

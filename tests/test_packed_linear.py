@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,13 +192,39 @@ def test_dequantize(packed: Path) -> None:
     assert not hasattr(plain.config, "quantization_config")
 
 
-def test_a_state_dict_is_looked_at(packed: Path) -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_is_looked_at_before_it_is_taken(packed: Path, assign: bool) -> None:
     loaded = load(packed)
     state = copy.deepcopy(loaded.state_dict())
-    loaded.load_state_dict(state)
-    state["model.layers.0.mlp.up_proj.weight_offsets"] += 1
-    with pytest.raises(LosaError, match="offsets"):
-        loaded.load_state_dict(state)
+    loaded.load_state_dict(copy.deepcopy(state), assign=assign)
+    with torch.no_grad():
+        before = loaded(IDS).logits
+    name = "model.layers.0.mlp.up_proj"
+    changes: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = [
+        ("weight_offsets", lambda offsets: offsets + 1, "offsets"),
+        ("weight_offsets", lambda offsets: torch.full_like(offsets, 2**31 - 200), "offsets"),
+        ("weight", lambda values: values[:-1], r"weight is torch\.\w+ \["),
+        ("weight_mask", lambda mask: ~mask, "mask"),
+    ]
+    for suffix, change, message in changes:
+        wrong = f"{name}.{suffix}"
+        with pytest.raises(LosaError, match=rf"model\.layers\.0\.mlp\.up_proj: .*{message}"):
+            loaded.load_state_dict(state | {wrong: change(state[wrong])}, assign=assign)
+        with pytest.raises(LosaError):
+            loaded.load_state_dict({wrong: change(state[wrong])}, strict=False, assign=assign)
+        with torch.no_grad():
+            assert torch.equal(loaded(IDS).logits, before)
+
+
+def test_a_loaded_model_can_be_pickled(packed: Path) -> None:
+    loaded = load(packed)
+    again = pickle.loads(pickle.dumps(loaded))
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, loaded(IDS).logits)
+    state = loaded.state_dict()
+    state["model.layers.0.mlp.up_proj.weight_mask"].zero_()
+    with pytest.raises(LosaError, match="mask"):
+        again.load_state_dict(state)
 
 
 # ---------------------------------------------------------------------------------------------------- in other processes

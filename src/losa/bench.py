@@ -4,7 +4,7 @@ Opponents take turns, each time with another matrix, so that none is in a cache,
 neighbours in time. What disagrees with the reference is not timed.
 """
 
-import copy
+import math
 import re
 import statistics
 import time
@@ -23,7 +23,7 @@ from losa import usage
 from losa.errors import LosaError
 from losa.registry import unknown
 from losa.sparse import cpu, kernels, native, reference
-from losa.sparse.packed import DTYPES, PAD, Packed, pack, unpack
+from losa.sparse.packed import DTYPES, MOST, PAD, Packed, pack, unpack
 from losa.sparse.pages import Pages
 from losa.units import dtype_name
 
@@ -93,7 +93,6 @@ def _compare(
     packs = _packs(out, columns, sparsity, values, CACHES * cache)
     choice = kernels.choose(packs[0], dtype, torch.device("cpu"), name)
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-    packs = [_in_pages(packed) for packed in packs]
     opponents = _opponents(packs, x, choice.kernel, CACHES * cache)
     times = _times(opponents, rounds)
     milliseconds = {who: round(statistics.median(ms for ms in t if ms), 4) for who, t in times.items()}
@@ -140,43 +139,44 @@ def _shape(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if not found or min(out_in := (int(found[1]), int(found[2]))) < 1:
         raise LosaError(f"shape {text!r} is not OUTxIN, as in 11008x4096")
+    if math.prod(out_in) >= MOST:
+        raise LosaError(f"shape {text!r} has {math.prod(out_in):,} weights: 2^31 and more are not timed")
     return out_in
 
 
 def _packs(out: int, columns: int, sparsity: float, values: torch.dtype, total: int) -> list[Packed]:
-    """Random matrices, pruned at random places, that come to `total` bytes in memory; beyond DRAWN they are copies."""
-    packs: list[Packed] = []
-    for seed in range(DRAWN):
+    """Random matrices, pruned at random places, that come to `total` bytes in memory; beyond DRAWN they are copies.
+
+    In huge pages, where decoding has them too: ordinary ones cost whoever reads fast the most.
+    """
+
+    def drawn(seed: int) -> Packed:
         generator = torch.Generator().manual_seed(seed)
         mask = torch.rand(out, columns, generator=generator) >= sparsity
         weight = torch.randn(out, columns, generator=generator) * columns**-0.5
-        packs.append(pack(weight if values == torch.int8 else weight.to(values), mask, values))
-        if seed and len(packs) * packs[0].layout.bytes >= total:
-            return packs
-    for i in range(-(-total // packs[0].layout.bytes) - DRAWN):
-        packs.append(copy.deepcopy(packs[i % DRAWN]))
-    return packs
+        return pack(weight if values == torch.int8 else weight.to(values), mask, values)
+
+    first = drawn(0)
+    count = max(2, -(-total // first.layout.bytes))
+    some = [first, *map(drawn, range(1, min(count, DRAWN)))]
+    packs = [some[i % len(some)] for i in range(count)]
+    moved = iter(_paged([tensor for packed in packs for tensor in packed.tensors().values()]))
+    return [
+        Packed(
+            next(moved),
+            next(moved),
+            None if packed.offsets is None else next(moved),
+            None if packed.scales is None else next(moved),
+            packed.in_features,
+            packed.nm,
+        )
+        for packed in packs
+    ]
 
 
-def _in_pages(packed: Packed) -> Packed:
-    """Its tensors in huge pages, where decoding has them too: ordinary ones cost whoever reads fast the most."""
-    pages = Pages([tensor.nbytes for tensor in packed.tensors().values()])
-
-    def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else pages.put(tensor)
-
-    return Packed(
-        pages.put(packed.values),
-        pages.put(packed.mask),
-        moved(packed.offsets),
-        moved(packed.scales),
-        packed.in_features,
-        packed.nm,
-    )
-
-
-def _paged(weight: Tensor) -> Tensor:
-    return Pages([weight.nbytes]).put(weight)
+def _paged(tensors: Sequence[Tensor]) -> list[Tensor]:
+    pages = Pages([tensor.nbytes for tensor in tensors])
+    return [pages.put(tensor) for tensor in tensors]
 
 
 def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: int) -> dict[str, Opponent]:
@@ -197,18 +197,18 @@ def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: in
     precision = torch.float32 if exact else torch.bfloat16
     places = cycle(range(len(packs)))
     found = {"losa": Opponent(agree(chosen.name, calls, precision), packs[0].layout.bytes, places)}
-    dense = [_paged(unpack(p, torch.bfloat16)[0]) for p in packs[: max(2, -(-total // (out * columns * 2)))]]
+    dense = _paged([unpack(p, torch.bfloat16)[0] for p in packs[: max(2, -(-total // (out * columns * 2)))]])
     calls = [partial(F.linear, x.bfloat16(), w) for w in dense]
     dense_places = cycle(range(len(dense)))
     found["torch_bf16"] = Opponent(
         agree("torch's bf16 product", calls, torch.bfloat16), out * columns * 2, dense_places
     )
-    single = [_paged(unpack(p, torch.float32)[0]) for p in packs[: max(2, -(-total // (out * columns * 4)))]]
+    single = _paged([unpack(p, torch.float32)[0] for p in packs[: max(2, -(-total // (out * columns * 4)))]])
     calls = [partial(F.linear, x.float(), w) for w in single]
     agreed = agree("torch's fp32 product", calls, torch.float32)
     found["torch_fp32"] = Opponent(agreed, out * columns * 4, cycle(range(len(single))))
     if len(x) == 1 and (symbol := best_dense()):
-        padded = [_paged(F.pad(w, (0, -columns % 64))) if columns % 64 else w for w in dense]
+        padded = _paged([F.pad(w, (0, -columns % 64)) for w in dense]) if columns % 64 else dense
         calls = [partial(dense_product, symbol, x, w) for w in padded]
         agreed = agree("the native dense product", calls, torch.bfloat16)
         found[f"{symbol}_dense_bf16"] = Opponent(agreed, padded[0].numel() * 2, dense_places)

@@ -56,72 +56,7 @@ def register() -> None:
     auto: Any = importlib.import_module("transformers.quantizers.auto")
     if STRUCTURED in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # losa was reloaded
         return
-    mixin: Any = importlib.import_module("transformers.utils.quantization_config").QuantizationConfigMixin
-    base: Any = importlib.import_module("transformers.quantizers.base").HfQuantizer
-
-    class Stored(mixin):  # type: ignore[misc]
-        """What config.json says of the linears, as it stands there."""
-
-        def __init__(self, quant_method: str, **fields: Any) -> None:
-            self.quant_method = quant_method
-            self.__dict__.update(fields)
-
-    class Resizer(base):  # type: ignore[misc]
-        """Resizes the linears before the weights are read, and is gone after: the model is an ordinary one."""
-
-        def is_serializable(self) -> bool:
-            return True
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            from losa.widths import read_widths, resize
-
-            resize(model, read_widths(self.quantization_config.to_dict()))
-
-        def postprocess_model(self, model: Any, **_: Any) -> None:
-            self.remove_quantization_config(model)
-            model.config.quantization_config = self.quantization_config.to_dict()  # to be saved again
-
-    class Packer(base):  # type: ignore[misc]
-        """Puts packed linears into the model before the weights are read, and looks at what was read."""
-
-        def is_serializable(self) -> bool:
-            return True
-
-        @property
-        def is_trainable(self) -> bool:
-            return False
-
-        @property
-        def is_compileable(self) -> bool:
-            return True
-
-        def _process_model_before_weight_loading(
-            self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
-        ) -> None:
-            from losa.sparse import linear
-
-            self.layouts = linear.read_layouts(self.quantization_config.to_dict())
-            linear.install(model, self.layouts)
-            linear.check_files(checkpoint_files, self.layouts)
-            self.expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters()}
-
-        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-            from losa.sparse import decoding, linear
-
-            linear.settle(model, self.__dict__.pop("expected"))
-            linear.finish(model, self.layouts)
-            decoding.attach(model)
-            return model
-
-        def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-            from losa.sparse import linear
-
-            linear.unpack_model(model, dtype)
-            return model
+    from losa.quantizers import Packer, Resizer, Stored
 
     for method, quantizer in ((STRUCTURED, Resizer), (PACKED, Packer)):
         auto.register_quantization_config(method)(Stored)

@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
                 tensor = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
         self.register_parameter("bias", bias)
-        self.register_load_state_dict_post_hook(_check_loaded)
+        self.register_load_state_dict_pre_hook(_check_given)
 
     @classmethod
     def of(cls, packed: Packed, like: nn.Linear) -> "PackedLinear":
@@ -84,10 +84,18 @@ class PackedLinear(nn.Module):
         )
 
 
-def _check_loaded(module: nn.Module, _: Any) -> None:
-    assert isinstance(module, PackedLinear)
-    if not module.weight.is_meta:
-        check(module.packed, "a packed linear given a state dict")
+def _check_given(linear: nn.Module, state: dict[str, Any], prefix: str, local: dict[str, Any], *_: Any) -> None:
+    """Raise LosaError for tensors of a state dict that do not belong together, before any of them is in the linear."""
+    assert isinstance(linear, PackedLinear)
+    layout, tensors = linear.packed.layout, linear.packed.tensors()
+    for name, own in tensors.items():
+        given = state.get(prefix + name, own)
+        if not local.get("assign_to_params_buffers") and not own.is_meta:  # it will be copied
+            given = given.to(own.device, own.dtype).contiguous()
+        tensors[name] = given
+    if not any(tensor.is_meta for tensor in tensors.values()):
+        values, mask, offsets, scales = map(tensors.get, SUFFIXES)
+        check(Packed(values, mask, offsets, scales, linear.in_features, linear.nm), prefix[:-1], layout)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------- config.json
