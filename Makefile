@@ -23,11 +23,12 @@ format: .venv/ready
 docs: .venv/ready
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -b html docs docs/_build/html
 
-# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, the AVX-512 ones with their instructions in plain C++.
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, the AVX-512 ones with their instructions in plain C++; then
+# the loader, by files, tensors and descriptions that were tampered with.
 CSRC := src/losa/sparse/csrc
 SANITIZED := $(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 FUZZ_SECONDS ?= 60
-fuzz:
+fuzz: .venv/ready
 	mkdir -p build
 	$(SANITIZED) -mavx2 -mfma -mf16c -mbmi2 -mpopcnt -c $(CSRC)/avx2.cpp -o build/avx2.o
 	$(SANITIZED) tests/fuzz_kernels.cpp $(CSRC)/common.cpp build/avx2.o -o build/fuzz -ldl
@@ -35,6 +36,7 @@ fuzz:
 	    $(CSRC)/avx512_bf16.cpp -o build/fuzz512 -ldl
 	build/fuzz $(FUZZ_SECONDS)
 	build/fuzz512 $(FUZZ_SECONDS)
+	LOSA_FUZZ=25 $(BIN)/python -m pytest -q tests/test_packed.py tests/test_packed_linear.py -k tampered
 
 # A wheel and an sdist in dist/; both are installed into clean environments, where they must pass the demo.
 package: .venv/ready

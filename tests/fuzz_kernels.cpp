@@ -120,7 +120,7 @@ void one(const Kernel &kernel, uint64_t seed) {
     engine.seed(seed);
     const int64_t out = between(0, 3) ? between(1, 12) : between(1, 300);
     const int64_t in = between(0, 3) ? between(1, 140) : between(1, 1100);
-    const int64_t tokens = between(1, 10);
+    const int64_t tokens = between(0, 5) ? between(1, 10) : between(1, 66);  // natively up to 64
     const Type type = kernel.bf16 ? (between(0, 1) ? BF16 : I8) : (Type)between(F32, I8);
     const Type x_type = kernel.bf16 && type == BF16 ? BF16 : (Type)between(F32, BF16);
     const Drawn drawn(out, in, type, true);
