@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -259,6 +260,30 @@ def test_resume_refuses_other_settings(
     assert main([*map(str, start), *flags(settings)]) == 0
     capsys.readouterr()
     assert "sparsity = 0.5, not 0.6" in refused(capsys, *start, "--resume", "--sparsity", "0.6")
+    assert main([*map(str, start[:-1]), "--resume"]) == 0
+    assert "out was finished before: nothing is left to do" in capsys.readouterr().err
+
+
+def test_resume_from_another_folder(
+    llama: Path,
+    text: Path,
+    tmp_path: Path,
+    settings: Settings,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run's own settings name its files as they were named where it was begun."""
+    begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
+    begun.mkdir(), elsewhere.mkdir()
+    shutil.copy(text, begun / "mine.txt")
+    start = ["compress", llama, "--output", tmp_path / "out", "--quiet"]
+    monkeypatch.chdir(begun)
+    assert main([*map(str, start), *flags(settings | {"calibration": "mine.txt"})]) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(elsewhere)
+    said = refused(capsys, *start, "--resume")
+    assert f"calibration 'mine.txt' is in {begun}, where the run was begun: resume it from there" in said
+    monkeypatch.chdir(begun)
     assert main([*map(str, start), "--resume"]) == 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import MODELS, save_tiny, tiny, tokenizer
+from conftest import MODELS, changed, save_tiny, tiny, tokenizer
 from torch import nn
 
 from losa import model
@@ -145,7 +145,15 @@ def test_an_encoder_is_no_causal_model(tmp_path: Path, small: Recipe) -> None:
 
 
 def test_sequences_longer_than_the_model_reads(llama: Path, tmp_path: Path, small: Recipe) -> None:
-    refused(llama, Recipe(**{**small.to_json(), "sequence_length": 65}), "reads at most 64 tokens")
+    refused(
+        llama,
+        changed(small, sequence_length=65),
+        "^sequence_length is 65: the model reads at most 64 tokens: lower it$",
+    )
+    both = changed(small, sequence_length=65, train_length=128)
+    refused(
+        llama, both, "^sequence_length is 65 and train_length is 128: the model reads at most 64 tokens: lower them$"
+    )
 
 
 def test_a_device_that_is_not_there() -> None:

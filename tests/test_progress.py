@@ -68,6 +68,7 @@ def test_a_terminal_shows_step_block_loss_and_time(llama: Path, tmp_path: Path, 
     assert re.search(r"step 2/2: pruning .* block \d/3 .*error \d\.\d{3}", shown)
     assert re.search(r"step 2/2: recovery .* update \d+/30 +loss \d+\.\d{3} .*left", shown)
     assert re.search(r"dense model .* block \d/3", shown)
+    assert re.search(r"step 2/2: perplexity .* batch \d/\d", shown) and not re.search(r"step \d: ", shown)
     for phase in ("reading", "loading", "samples", "saving"):
         assert phase in shown, phase
     assert "step 1/2: sparsity 0.4" in shown  # what stays

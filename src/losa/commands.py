@@ -43,11 +43,22 @@ def _chosen(args: argparse.Namespace, kind: type[recipe.Recipe]) -> recipe.Recip
         kept = read_recipe(args.output)
         if (kept["command"] == "compress") != kind.prunes:
             raise LosaError(f"{args.output} was started by losa {kept['command']}: resume it with that")
+        _check_there(kept)
         made = recipe.from_settings(kept["recipe"] | given, kind)
     else:
         made = recipe.load(args.recipe, given, kind)
     refuse_unread(made, given)
     return made
+
+
+def _check_there(kept: dict[str, Any]) -> None:
+    """Raise LosaError for files of a run that were named from the folder it was begun in, and are not to be seen from here."""
+    for name in ("calibration", "train_data", "eval_data"):
+        path = Path(kept["recipe"].get(name) or ".")
+        if not path.exists() and (Path(kept["folder"]) / path).is_file():
+            raise LosaError(
+                f"{name} {str(path)!r} is in {kept['folder']}, where the run was begun: resume it from there"
+            )
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -87,9 +87,13 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         )
     limit = model.longest_text(config)
     model.reading_window(config, recipe.eval_window)
-    for name in ("sequence_length", "train_length") if recipe.prunes else ("train_length",):
-        if getattr(recipe, name) > limit:
-            raise LosaError(f"{name} is {getattr(recipe, name)}: the model reads at most {limit} tokens: lower it")
+    lengths = {"sequence_length": recipe.prunes, "train_length": recipe.trains}
+    beyond = {name: getattr(recipe, name) for name in lengths if lengths[name] and getattr(recipe, name) > limit}
+    if beyond:
+        long = " and ".join(f"{name} is {length}" for name, length in beyond.items())
+        raise LosaError(
+            f"{long}: the model reads at most {limit:g} tokens: lower {'them' if len(beyond) > 1 else 'it'}"
+        )
     return config
 
 
@@ -184,7 +188,13 @@ def _prompts(recipe: Recipe, tokenizer: Any, evaluation: Tensor | None, longest:
     size = int(min(PROMPT_TOKENS, longest // 2, len(evaluation)))
     starts = {(len(evaluation) - size) * i // 3 for i in (1, 2)}
     texts = [tokenizer.decode(evaluation[s : s + size], skip_special_tokens=True) for s in sorted(starts)]
-    return [text for text in texts if text.strip()]
+    return [_whole_words(text) for text in texts if text.strip()]
+
+
+def _whole_words(text: str) -> str:
+    """`text` without the words that its ends cut in two, from the beginning of a line if one begins in its first half."""
+    rest = text.partition("\n" if "\n" in text[: len(text) // 2] else " ")[2]
+    return (rest.rsplit(None, 1) or [""])[0] or text
 
 
 def fingerprint(subject: Subject, inputs: Inputs) -> dict[str, str]:

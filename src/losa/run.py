@@ -66,6 +66,7 @@ class Run:
         self._lock: int | None = None
         self._early: list[str] | None = []  # what is to be logged once there is a folder
         self.from_disk: bool | None = None  # whether the model stays on disk, once it has been chosen
+        self.steps = 0  # of the recipe, once it is known
 
     def start(
         self,
@@ -79,21 +80,24 @@ class Run:
 
         Raises LosaError if something is there that may not be replaced, or it cannot be written.
         """
+        self.steps = recipe.steps
         if self.output is None or not self.writes:
             return
         asked = _asked(recipe, source)
+        where = {"from_disk": from_disk, "computed": computed or {}, "folder": str(Path.cwd())}
         with writing(self.output):
             check_output(self.output, overwrite)
             self._take_lock()
             _remove(self.output)
             self.from_disk = from_disk
-            write_json(self.folder / "recipe.json", asked | {"from_disk": from_disk, "computed": computed or {}})
+            write_json(self.folder / "recipe.json", asked | where)
         self._begin_log("started", asked)
 
     def resume(self, recipe: Recipe, source: str, computed: dict[str, str] | None = None) -> None:
         """Go on with what `output` holds. Raises LosaError if it holds no run, or one with other settings or in another dtype."""
         if self.output is None:
             raise LosaError("nothing to resume: name the output folder of the run")
+        self.steps = recipe.steps
         asked = _asked(recipe, source)
         self._check_same(asked, computed or {})
         if not self.writes:
@@ -243,7 +247,8 @@ class Run:
         """A part of the work: logged when it begins, and with what it took when it ends well. Phases do not nest."""
         where = {"phase": name} if step is None else {"phase": name, "step": step}
         self.log("begins", **where)
-        with self.progress.working(name if step is None else f"step {step}: {name}"), Usage() as usage:
+        of = f"{step}/{self.steps}" if self.steps else step
+        with self.progress.working(name if step is None else f"step {of}: {name}"), Usage() as usage:
             yield
         self.log("phase", **where, **usage.found)
 
@@ -300,7 +305,8 @@ def read_recipe(output: Path) -> dict[str, Any]:
         if kept["format"] != FORMAT:
             raise LosaError(f"{path} is of format {kept['format']}, this losa reads {FORMAT}: start a new run")
         names = ("command", "source", "recipe", "versions")
-        added = {"from_disk": kept.get("from_disk", False), "computed": kept.get("computed", {})}
+        added = {"from_disk": False, "computed": {}, "folder": ""}
+        added = {name: kept.get(name, other) for name, other in added.items()}
         return added | {name: kept[name] for name in names}
     except (ValueError, KeyError, TypeError):
         raise LosaError(f"{path} is damaged: start a new run in another folder, or with --overwrite") from None

@@ -139,6 +139,7 @@ def finished(run: Run, recipe: Recipe, tokenizer: Any) -> Result:
     output = run.output
     assert output is not None
     run.drop_states()
+    run.say(f"{output} was finished before: nothing is left to do")
     made = read_made(output / "losa.json")
     whole = not run.from_disk and registry.get("recovery", recipe.recovery).merges
     loaded = model.load(str(output), recipe) if whole else None
