@@ -22,6 +22,7 @@ from losa.inspection import inspect
 from losa.recipe import Recipe
 from losa.sparse import convert as module
 from losa.sparse.convert import convert
+from losa.sparse.linear import pack_model
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -99,6 +100,23 @@ def test_int8_and_back(tmp_path: Path) -> None:
         assert after[name].dtype == weight.dtype
         assert float((after[name] - weight).float().norm()) < 0.02 * float(weight.float().norm())
     assert equal(load_masks(dense), load_masks(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_a_packed_head(tmp_path: Path, kind: str) -> None:
+    """What is packed outside the blocks is made dense, or int8, as well; a head that was tied is another weight by then."""
+    whole, packed = tiny(kind).to(torch.bfloat16), tmp_path / "packed"
+    mask = torch.rand(whole.lm_head.weight.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    pack_model(whole, prune(whole) | {"lm_head": masks.pack(mask)}, torch.bfloat16)
+    whole.save_pretrained(packed)
+    convert(packed, tmp_path / "dense", "dense")
+    convert(packed, tmp_path / "int8", "packed", "int8")
+    head = whole.lm_head.dense().weight
+    assert torch.equal(tensors(tmp_path / "dense")["lm_head.weight"], head)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    assert torch.equal(load(tmp_path / "dense").lm_head.weight, head)
+    assert load(tmp_path / "int8").lm_head.weight.dtype == torch.int8
+    assert equal(load_masks(packed), load_masks(tmp_path / "dense"))
 
 
 def test_experts_stay_dense(tmp_path: Path, small: Recipe) -> None:

@@ -108,15 +108,15 @@ def _check(source: Path, config: Any, layouts: dict[str, Layout], form: str, val
 
 
 def _linears(config: Any, files: Checkpoint) -> dict[str, tuple[str, list[int]]]:
-    """The prunable linears that are modules of the model and stored under their names: name and shape by key."""
+    """The linears that are prunable or packed, modules of the model and stored under their names: name and shape by key."""
     whole: Any = model.skeleton(config)
     found: dict[str, tuple[str, list[int]]] = {}
-    for block in find_blocks(whole):
-        for name in block.linears:
-            key = files.key(f"{name}.weight")
-            module: Any = named(whole, name)[1]
-            if key is not None and module is not None:  # an expert's linear is no module
-                found[key] = (name, list(module.weight.shape))
+    prunable = [name for block in find_blocks(whole) for name in block.linears]
+    for name in dict.fromkeys([*prunable, *files.packed]):  # a packed one may lie outside the blocks, as a head does
+        key = files.key(f"{name}.weight")
+        module: Any = named(whole, name)[1]
+        if key is not None and module is not None:  # an expert's linear is no module
+            found[key] = (name, list(module.weight.shape))
     return found
 
 
