@@ -11,9 +11,9 @@ import torch
 import transformers
 from conftest import Killed, changed, files, save_tiny, tiny, tokenizer
 from safetensors.torch import load_file, save_file
-from test_packed_linear import prune, tensors
+from test_packed_linear import prune, put, save_packed, tensors
 
-from losa import checkpoint, compress, masks
+from losa import checkpoint, compress, masks, model
 from losa.blocks import find_blocks
 from losa.cli import main
 from losa.errors import LosaError
@@ -216,6 +216,44 @@ def test_bad_input(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[st
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "packed"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"foo.weight_mask": torch.zeros(3)}), "holds foo.weight_mask, which config.json does not"),
+        (lambda t: t.pop("model.embed_tokens.weight"), r"incomplete: 1 are missing, such as model\.embed_tokens\.weight"),
+        (
+            lambda t: t.update({"model.embed_tokens.weight": torch.zeros(7, 32)}),
+            r"embed_tokens\.weight is \[7, 32\], the model wants \[2048, 32\]: download the model again$",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(7)}), r"norm\.weight is \[7\], the model wants \[32\]"),
+    ],
+)
+def test_what_does_not_load_is_not_exported(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], Any], message: str
+) -> None:
+    """Nor is it written half; the line is that of loading."""
+    save_packed(tmp_path / "packed")
+    put(tmp_path / "packed", change)
+    with pytest.raises(LosaError, match=message):
+        convert(tmp_path / "packed", tmp_path / "dense", "dense")
+    with pytest.raises(LosaError, match=message):
+        model.load(str(tmp_path / "packed"), Recipe(dtype="float32", device="cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_a_stripped_description(tmp_path: Path) -> None:
+    """The packed weights are then of odd shapes, and it is said why."""
+    save_packed(tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    message = r"do not fit its config\.json: .* the model wants .*: they are packed, and config\.json has lost its quant"
+    with pytest.raises(LosaError, match=message):
+        model.load(str(tmp_path / "packed"), Recipe(dtype="float32", device="cpu"))
+    with pytest.raises(LosaError, match=message):
+        convert(tmp_path / "packed", tmp_path / "again", "packed")
+
+
 # ------------------------------------------------------------------------------------------------------- losa compress
 
 
@@ -336,7 +374,7 @@ def test_what_cannot_be_packed(settings: dict[str, Any], message: str) -> None:
 
 def test_demo_model_int8_perplexity(tmp_path: Path) -> None:
     """The built-in model, 60% by magnitude in each row: packed floats cost nothing, int8 less than 1%."""
-    from losa import data, evaluate, model
+    from losa import data, evaluate
 
     whole = model.load("demo", Recipe(dtype="bfloat16", device="cpu"))
     bits = {}

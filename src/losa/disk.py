@@ -181,27 +181,17 @@ class OnDisk:
     # ------------------------------------------------------------------------------------------------ how it is found
 
     def _skeleton(self) -> Any:
-        """The model as `from_pretrained` makes it, of weights that have shapes only: what is missing or odd is found now."""
+        """The model that waits for its weights; what is missing or odd is found now."""
         from transformers import GenerationConfig
 
         shapes = {}
         for path, keys in self._files.items():
             with open_file(path) as file:
-                for key in keys:
-                    shapes[key] = torch.empty(file.get_slice(key).get_shape(), dtype=self.dtype, device="meta")
-        with model.loading(str(self.folder)), _silent():
-            config = model.load_config(str(self.folder))
-            made, found = type(model.skeleton(config)).from_pretrained(
-                None,
-                config=config,
-                state_dict=shapes,
-                dtype=self.dtype,
-                device_map={"": "meta"},
-                output_loading_info=True,
-            )
-            if (self.folder / "generation_config.json").is_file():
+                shapes |= {key: file.get_slice(key).get_shape() for key in keys}
+        made = of_shapes(self.folder, model.load_config(str(self.folder)), shapes, self.dtype)
+        if (self.folder / "generation_config.json").is_file():
+            with model.loading(str(self.folder)):
                 made.generation_config = GenerationConfig.from_pretrained(self.folder)
-        model.check_complete(found, str(self.folder))
         # buffers that are not stored: room for them, and transformers fills it
         for name, buffer in list(made.named_non_persistent_buffers()):
             owner, _, key = name.rpartition(".")
@@ -244,6 +234,26 @@ class OnDisk:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return list(get_model_conversion_mapping(self.model))
+
+
+def of_shapes(folder: Path, config: Any, shapes: dict[str, list[int]], dtype: torch.dtype) -> Any:
+    """The model as `from_pretrained` makes it, of weights that have shapes only, by key.
+
+    Raises LosaError where one is missing or of another shape than the model's.
+    """
+    weights = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
+    with model.loading(str(folder)), _silent():
+        made, found = type(model.skeleton(config)).from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    model.check_complete(found, str(folder))
+    return made
 
 
 @contextmanager

@@ -174,6 +174,7 @@ def load(source: str, recipe: Recipe) -> Any:
             dtype=choose_dtype(recipe.dtype, device),
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that it is said which, below
             output_loading_info=True,
         )
     model, found = loaded
@@ -231,7 +232,13 @@ def refuse_adapters(source: Any) -> None:
 
 
 def check_complete(found: dict[str, Any], source: str) -> None:
-    """Raise LosaError if from_pretrained's `loading_info` says that weights were missing."""
+    """Raise LosaError if from_pretrained's `loading_info` says that weights were missing, or of other shapes."""
+    if odd := sorted(found["mismatched_keys"]):
+        key, has, wants = odd[0]
+        packed = any(unused.endswith(".weight_mask") for unused in found["unexpected_keys"])
+        why = "they are packed, and config.json has lost its quantization_config" if packed else "download the model again"
+        what = f"{key} is {list(has)}, the model wants {list(wants)}"
+        raise LosaError(f"the weights of {source!r} do not fit its config.json: {what}: {why}")
     if missing := sorted(found["missing_keys"]):
         raise LosaError(f"the weights of {source!r} are incomplete: {len(missing)} are missing, such as {missing[0]}")
 

@@ -1,5 +1,6 @@
 """A saved model in another form: dense with zeros to packed, and back, weight by weight, without loading it."""
 
+import copy
 import fcntl
 import json
 import os
@@ -16,12 +17,13 @@ from torch import Tensor
 from losa import card, masks, model
 from losa.blocks import find_blocks
 from losa.checkpoint import INDEX, MASKS, SINGLE, Checkpoint, files_of, weight_bytes
+from losa.disk import of_shapes
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.progress import Progress
 from losa.run import CARD, FORMAT, damaged, read_made, share, sync, write_bytes, write_json, writing
 from losa.shrink import OURS, PLAIN
-from losa.sparse.linear import describe, layouts_in
+from losa.sparse.linear import check_files, describe, install, layouts_in
 from losa.sparse.packed import FLOATS, SUFFIXES, Layout, Packed, pack, unpack
 from losa.widths import named
 
@@ -53,9 +55,10 @@ def convert(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise LosaError(f"output {str(output)!r} exists: name a new folder")
     files = Checkpoint(source, layouts)
+    companions = {files.key(f"{name}.{suffix}") for name in layouts for suffix in SUFFIXES[1:]}
+    _check_weights(source, config, files, companions)
     linears = _linears(config, files)
     kept = load_masks(source) if layouts or (source / MASKS).is_file() else {}
-    companions = {files.key(f"{name}.{suffix}") for name in layouts for suffix in SUFFIXES[1:]}
     with writing(output, ""), _staging(output) as staging:
         writer = _Writer(staging)
         made: dict[str, Layout] = {}
@@ -107,6 +110,19 @@ def _check(source: Path, config: Any, layouts: dict[str, Layout], form: str, val
         raise LosaError(f"{str(source)!r} has an adapter beside it, for PEFT, which knows dense linears only")
 
 
+def _check_weights(source: Path, config: Any, files: Checkpoint, companions: set[str | None]) -> None:
+    """Raise LosaError where loading would: for tensors that are missing, too many or of another shape; by headers only."""
+    shapes = {key: file.get_slice(key).get_shape() for key, file in files.files.items() if key not in companions}
+    if files.packed:
+        install(model.skeleton(config), files.packed)
+        check_files([str(path) for path in files_of(source)], files.packed)
+        dense = {f"{name}.weight": [it.out_features, it.in_features] for name, it in files.packed.items()}
+        shapes |= {key: shape for name, shape in dense.items() if (key := files.key(name)) is not None}
+    plain = copy.deepcopy(config)
+    plain.__dict__.pop("quantization_config", None)
+    of_shapes(source, plain, shapes, torch.float32)
+
+
 def _linears(config: Any, files: Checkpoint) -> dict[str, tuple[str, list[int]]]:
     """The linears that are prunable or packed, modules of the model and stored under their names: name and shape by key."""
     whole: Any = model.skeleton(config)
@@ -128,8 +144,6 @@ def _read(
         weight, mask = unpack(files.packed_linear(name))
         return (weight.to(config.dtype or weight.dtype) if files.packed[name].values == torch.int8 else weight), mask
     weight = files.read(f"{name}.weight")
-    if list(weight.shape) != shape:
-        raise LosaError(f"{name}: the weight is {list(weight.shape)}, the model wants {shape}")
     if name not in kept:
         # by its bits: a zero with a sign is kept, or it would not come back
         return weight, weight.view(
