@@ -241,6 +241,38 @@ def test_what_does_not_load_is_not_exported(
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
+def test_an_odd_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_packed(tmp_path / "packed", shard="30KB")
+    index = tmp_path / "packed" / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    places = told["weight_map"]
+    for text, message in (
+        ("[" * 200_000, "is not an index of weights"),
+        (json.dumps(told | {"weight_map": {}}), "is not an index of weights"),
+        (json.dumps({"weight_map": places}), "is not an index of weights"),
+        (
+            json.dumps(told | {"weight_map": places | {next(iter(places)): "a" * 5000}}),
+            "names a file that cannot be (File name too long)",
+        ),
+    ):
+        index.write_text(text)
+        assert message in refused(capsys, tmp_path / "packed", "--output", tmp_path / "new", "--format", "dense")
+
+
+def test_output_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty folder would do, but not the one that the shell stands in."""
+    dense, here = save_pruned(tmp_path / "dense"), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for name in (".", here):
+        assert "exists: name a new folder" in refused(capsys, dense, "--output", name, "--format", "packed")
+    assert "cannot be written: File name too long" in refused(
+        capsys, dense, "--output", "a" * 300, "--format", "packed"
+    )
+
+
 def test_a_stripped_description(tmp_path: Path) -> None:
     """The packed weights are then of odd shapes, and it is said why."""
     save_packed(tmp_path / "packed")
@@ -318,6 +350,7 @@ def test_a_damaged_losa_json(
     recipes, measured = whole["recipe"], whole["measurements"]
     for told, message in (
         ("{", "JSONDecodeError: "),
+        ("[" * 200_000, "RecursionError: "),
         ("{}", "KeyError: 'format'"),
         ("[]", "TypeError: "),
         ('"format"', "TypeError: "),

@@ -332,6 +332,7 @@ UP = "model.layers.1.mlp.up_proj"
         (lambda c: c["linears"][UP].update(kept=10**12), "does not describe packed linears"),
         (lambda c: c["linears"][UP].update(nm=[2]), "does not describe packed linears"),
         (lambda c: c["linears"][UP].update(nm=[2, 5]), "does not describe packed linears"),
+        (lambda c: c["linears"][UP].update(nm=[10**30, 4]), "does not describe packed linears"),
         (
             lambda c: c["linears"][UP].update(shape=[32, 48]),
             r"packs .*up_proj as \[32, 48\], the model has it as \[48, 32",

@@ -21,8 +21,12 @@ def files_of(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder / SINGLE]
     try:
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        told = json.loads(index.read_text())
+        names = sorted(set(told["weight_map"].values()))
+        if not names or "metadata" not in told:  # transformers wants both
+            raise ValueError
+        return [folder / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LosaError(f"{index} is not an index of weights: download the model again") from None
 
 
@@ -33,7 +37,12 @@ def check_files(folder: Path) -> None:
     """
     found: dict[str, str] = {}  # file by key
     for path in files_of(folder):
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as error:  # a name too long
+            what = f"names a file that cannot be ({error.strerror})"
+            raise LosaError(f"{folder / INDEX} {what}: download the model again") from None
+        if not there:
             others = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
             note = f" ({others[0]} is a pickle, which losa does not load: convert it to safetensors)" if others else ""
             raise LosaError(f"{folder} has no {path.name}: the model is incomplete{note}")

@@ -308,7 +308,7 @@ def read_recipe(output: Path) -> dict[str, Any]:
         added = {"from_disk": False, "computed": {}, "folder": ""}
         added = {name: kept.get(name, other) for name, other in added.items()}
         return added | {name: kept[name] for name in names}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise LosaError(f"{path} is damaged: start a new run in another folder, or with --overwrite") from None
 
 
@@ -326,7 +326,7 @@ def read_made(path: Path, any_format: bool = False) -> dict[str, Any]:
             steps = made["history"]
             if not steps or not all(isinstance(step, dict) and isinstance(step["ranks"], list) for step in steps):
                 raise TypeError("history is no list of steps with ranks")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(path, error) from None
     if made["format"] != FORMAT and not any_format:
         raise LosaError(f"{path} is of format {made['format']}, this losa reads {FORMAT}: use the losa that wrote it")

@@ -120,7 +120,7 @@ def read(folder: Path) -> Story:
         )
         _read_log(story, folder / "run" / "log.jsonl")
         story.verdict()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise LosaError(f"the run in {str(folder)!r} is damaged ({type(error).__name__}: {error})") from None
     return story
 
@@ -142,7 +142,7 @@ def _read_log(story: Story, path: Path) -> None:
         try:
             event = json.loads(line)
             kind, when = event["event"], event["time"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             story.unread += 1
             continue
         story.began = when if story.began is None else min(story.began, when)

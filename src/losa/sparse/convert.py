@@ -52,7 +52,9 @@ def convert(
     layouts = layouts_in(config) or {}
     _check(source, config, layouts, form, values)
     told = _told(source)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    with writing(output, ""):
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()) or output.samefile("."))
+    if taken:
         raise LosaError(f"output {str(output)!r} exists: name a new folder")
     files = Checkpoint(source, layouts)
     companions = {files.key(f"{name}.{suffix}") for name in layouts for suffix in SUFFIXES[1:]}
@@ -225,7 +227,7 @@ def _told(source: Path) -> dict[str, Any] | None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             _note(Path(folder), source, told, {"from": "", "format": "dense", "values": "auto"}, PLAIN)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise damaged(path, error) from None
     return told
 

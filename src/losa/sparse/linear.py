@@ -129,7 +129,7 @@ def read_layouts(config: dict[str, Any]) -> dict[str, Layout]:
             numbers = [rows, columns, *([] if nm is None else [nm.n, nm.m])]
             if any(type(number) is not int or number < 1 for number in numbers) or type(entry["kept"]) is not int:
                 raise ValueError(entry)
-            if not 0 <= entry["kept"] <= rows * columns or (nm is not None and columns % nm.m):
+            if not 0 <= entry["kept"] <= rows * columns or (nm is not None and (columns % nm.m or nm.n > nm.m)):
                 raise ValueError(entry)
             layouts[name] = Layout(rows, columns, entry["kept"], values, nm)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
