@@ -259,6 +259,15 @@ def test_an_odd_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert message in refused(capsys, tmp_path / "packed", "--output", tmp_path / "new", "--format", "dense")
 
 
+def test_output_is_a_link(tmp_path: Path) -> None:
+    dense = save_pruned(tmp_path / "dense")
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new"):
+        (tmp_path / f"to-{name}").symlink_to(name)
+        convert(dense, tmp_path / f"to-{name}", "packed")
+        assert (tmp_path / f"to-{name}").is_symlink() and (tmp_path / name / "config.json").is_file()
+
+
 def test_output_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,7 +61,7 @@ def convert(
     _check_weights(source, config, files, companions)
     linears = _linears(config, files)
     kept = load_masks(source) if layouts or (source / MASKS).is_file() else {}
-    with writing(output, ""), _staging(output) as staging:
+    with writing(output, ""), _staging(Path(os.path.realpath(output))) as staging:  # where a link leads to
         writer = _Writer(staging)
         made: dict[str, Layout] = {}
         for key in (progress or Progress(quiet=True)).track(list(files.files), "writing", "tensor"):
