@@ -158,6 +158,7 @@ def test_killed_leaves_nothing_that_counts(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(Killed):
             convert(dense, tmp_path / "packed", "packed")
     assert not (tmp_path / "packed").exists() and (tmp_path / ".packed.exporting").exists()
+    (tmp_path / ".packed.exporting" / "folder").mkdir()
     convert(dense, tmp_path / "packed", "packed")
     assert not (tmp_path / ".packed.exporting").exists()
     convert(dense, tmp_path / "again", "packed")

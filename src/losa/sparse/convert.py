@@ -250,14 +250,16 @@ def _staging(output: Path) -> Iterator[Path]:
     """A folder that becomes `output` if all goes well; what a killed export has left in it is taken away first."""
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.with_name(f".{output.name}.exporting")
-    staging.mkdir(exist_ok=True)
+    with writing(staging, ""):
+        staging.mkdir(exist_ok=True)
     lock = os.open(staging, os.O_RDONLY)  # the system frees it however the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not staging.exists() or staging.stat().st_ino != os.fstat(lock).st_ino:
             raise BlockingIOError
-        for path in staging.iterdir():
-            path.unlink()
+        with writing(staging, ""):
+            for path in staging.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             yield staging
             staging.replace(output)
