@@ -322,6 +322,7 @@ UP = "model.layers.1.mlp.up_proj"
     [
         (lambda c: c.update(format_version=2), "packed in format 2, this losa reads 1"),
         (lambda c: c.pop("format_version"), "packed in format None"),
+        (lambda c: c.update(format_version=True), "packed in format True"),
         (lambda c: c.update(values="bfloat61"), "unknown type of values 'bfloat61': did you mean 'bfloat16'"),
         (lambda c: c.update(values=["int8"]), "unknown type of values"),
         (lambda c: c.pop("linears"), "does not describe packed linears"),

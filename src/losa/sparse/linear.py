@@ -114,8 +114,8 @@ def describe(layouts: dict[str, Layout]) -> dict[str, Any]:
 
 def read_layouts(config: dict[str, Any]) -> dict[str, Layout]:
     """What `describe` wrote. Raises LosaError for another version, and for what it cannot have written."""
-    if config.get("format_version") != VERSION:
-        found = config.get("format_version")
+    found = config.get("format_version")
+    if type(found) is not int or found != VERSION:
         raise LosaError(
             f"the model is packed in format {found!r}, this losa reads {VERSION}: use the losa that made it"
         )
