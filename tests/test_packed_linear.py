@@ -338,7 +338,7 @@ UP = "model.layers.1.mlp.up_proj"
             lambda c: c["linears"][UP].update(shape=[32, 48]),
             r"packs .*up_proj as \[32, 48\], the model has it as \[48, 32",
         ),
-        (lambda c: c["linears"][UP].update(kept=100), r"up_proj.weight is BF16 .*config.json says BF16 \[164\]"),
+        (lambda c: c["linears"][UP].update(kept=100), r"up_proj.weight is BF16 .*config.json says BF16 \[164\] \(100 kept and 64 more"),
         (lambda c: c["linears"][UP].update(nm=[2, 4]), "up_proj.weight_offsets, which config.json does not know of"),
         (lambda c: c.update(values="float16"), "weight is BF16 .* config.json says F16"),
         (lambda c: c.update(values="int8"), "weight is BF16 .* config.json says I8"),
@@ -376,6 +376,14 @@ def test_bad_tensors(packed: Path, change: Callable[[dict[str, torch.Tensor]], A
     assert "\n" not in str(caught.value)
     with pytest.raises(LosaError, match=message):  # not wrapped, whoever loads it
         load(packed)
+
+
+@pytest.mark.parametrize(("stored", "kind"), [([1], "list"), ("losa-packed (import losa first)", "str")])
+def test_a_description_that_is_none(packed: Path, stored: object, kind: str) -> None:
+    path = packed / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    with pytest.raises(LosaError, match=f"quantization_config is no object but {kind}: download the model again$"):
+        model.load(str(packed), AS_STORED)
 
 
 def test_truncated_file(packed: Path) -> None:

@@ -30,6 +30,16 @@ def files_of(folder: Path) -> list[Path]:
         raise LosaError(f"{index} is not an index of weights: download the model again") from None
 
 
+def check_config(path: Path) -> None:
+    """Raise LosaError for a quantization_config that is none; all else of config.json is transformers' to read."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (ValueError, AttributeError, RecursionError):  # transformers says it
+        return
+    if not isinstance(stored, dict | None):
+        raise LosaError(f"{path}: quantization_config is no object but {type(stored).__name__}: download the model again")
+
+
 def check_files(folder: Path) -> None:
     """Every safetensors file is there, as long as its header says and holds what the index says.
 

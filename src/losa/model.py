@@ -84,6 +84,7 @@ def locate(source: str) -> str:
         raise LosaError(f"model {source!r} does not exist: name a folder, a model on the hub (OWNER/NAME) or demo")
     if not (path / "config.json").is_file():
         raise LosaError(f"{source!r} is not a model: it has no config.json")
+    checkpoint.check_config(path / "config.json")
     checkpoint.check_files(path)
     return str(path)
 

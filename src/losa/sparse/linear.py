@@ -13,7 +13,7 @@ from losa.loading import PACKED
 from losa.patterns import NM
 from losa.registry import unknown
 from losa.sparse import kernels
-from losa.sparse.packed import DTYPES, SUFFIXES, VERSION, Layout, Packed, check, pack, unpack
+from losa.sparse.packed import DTYPES, PAD, SUFFIXES, VERSION, Layout, Packed, check, pack, unpack
 from losa.units import dtype_name
 from losa.widths import named
 
@@ -184,7 +184,8 @@ def check_files(files: list[str] | None, layouts: dict[str, Layout]) -> None:
                 seen.add(full)
                 right = (wanted[full][0], STORED[wanted[full][1]])
                 if (shape, dtype) != right:
-                    raise LosaError(f"{path}: {key} is {dtype} {shape}, config.json says {right[1]} {right[0]}")
+                    what = f" ({right[0][0] - PAD} kept and {PAD} more)" if full.endswith(".weight") else ""
+                    raise LosaError(f"{path}: {key} is {dtype} {shape}, config.json says {right[1]} {right[0]}{what}")
             elif key.rpartition(".")[2] in SUFFIXES[1:]:
                 raise LosaError(f"{path} holds {key}, which config.json does not know of")
     if missing := wanted.keys() - seen:
