@@ -221,7 +221,10 @@ def test_bad_input(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[st
     ("change", "message"),
     [
         (lambda t: t.update({"foo.weight_mask": torch.zeros(3)}), "holds foo.weight_mask, which config.json does not"),
-        (lambda t: t.pop("model.embed_tokens.weight"), r"incomplete: 1 are missing, such as model\.embed_tokens\.weight"),
+        (
+            lambda t: t.pop("model.embed_tokens.weight"),
+            r"incomplete: 1 are missing, such as model\.embed_tokens\.weight",
+        ),
         (
             lambda t: t.update({"model.embed_tokens.weight": torch.zeros(7, 32)}),
             r"embed_tokens\.weight is \[7, 32\], the model wants \[2048, 32\]: download the model again$",
@@ -269,9 +272,7 @@ def test_output_is_a_link(tmp_path: Path) -> None:
         assert (tmp_path / f"to-{name}").is_symlink() and (tmp_path / name / "config.json").is_file()
 
 
-def test_output_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An empty folder would do, but not the one that the shell stands in."""
     dense, here = save_pruned(tmp_path / "dense"), tmp_path / "here"
     here.mkdir()
@@ -289,7 +290,9 @@ def test_a_stripped_description(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
-    message = r"do not fit its config\.json: .* the model wants .*: they are packed, and config\.json has lost its quant"
+    message = (
+        r"do not fit its config\.json: .* the model wants .*: they are packed, and config\.json has lost its quant"
+    )
     with pytest.raises(LosaError, match=message):
         model.load(str(tmp_path / "packed"), Recipe(dtype="float32", device="cpu"))
     with pytest.raises(LosaError, match=message):

@@ -338,7 +338,10 @@ UP = "model.layers.1.mlp.up_proj"
             lambda c: c["linears"][UP].update(shape=[32, 48]),
             r"packs .*up_proj as \[32, 48\], the model has it as \[48, 32",
         ),
-        (lambda c: c["linears"][UP].update(kept=100), r"up_proj.weight is BF16 .*config.json says BF16 \[164\] \(100 kept and 64 more"),
+        (
+            lambda c: c["linears"][UP].update(kept=100),
+            r"up_proj.weight is BF16 .*config.json says BF16 \[164\] \(100 kept and 64 more",
+        ),
         (lambda c: c["linears"][UP].update(nm=[2, 4]), "up_proj.weight_offsets, which config.json does not know of"),
         (lambda c: c.update(values="float16"), "weight is BF16 .* config.json says F16"),
         (lambda c: c.update(values="int8"), "weight is BF16 .* config.json says I8"),

@@ -37,7 +37,9 @@ def check_config(path: Path) -> None:
     except (ValueError, AttributeError, RecursionError):  # transformers says it
         return
     if not isinstance(stored, dict | None):
-        raise LosaError(f"{path}: quantization_config is no object but {type(stored).__name__}: download the model again")
+        raise LosaError(
+            f"{path}: quantization_config is no object but {type(stored).__name__}: download the model again"
+        )
 
 
 def check_files(folder: Path) -> None:

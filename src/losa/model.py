@@ -236,8 +236,9 @@ def check_complete(found: dict[str, Any], source: str) -> None:
     """Raise LosaError if from_pretrained's `loading_info` says that weights were missing, or of other shapes."""
     if odd := sorted(found["mismatched_keys"]):
         key, has, wants = odd[0]
-        packed = any(unused.endswith(".weight_mask") for unused in found["unexpected_keys"])
-        why = "they are packed, and config.json has lost its quantization_config" if packed else "download the model again"
+        why = "download the model again"
+        if any(unused.endswith(".weight_mask") for unused in found["unexpected_keys"]):
+            why = "they are packed, and config.json has lost its quantization_config"
         what = f"{key} is {list(has)}, the model wants {list(wants)}"
         raise LosaError(f"the weights of {source!r} do not fit its config.json: {what}: {why}")
     if missing := sorted(found["missing_keys"]):
