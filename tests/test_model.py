@@ -92,7 +92,7 @@ def test_a_shard_that_did_not_arrive(llama: Path, tmp_path: Path, small: Recipe)
     folder = broken(llama, tmp_path / "m")
     (folder / "model.safetensors").unlink()
     refused(folder, small, "has no model.safetensors")
-    weight_map = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    weight_map = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map))
     refused(folder, small, "has no model-00001-of-00001.safetensors")
 
