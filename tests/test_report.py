@@ -173,14 +173,15 @@ def test_what_recovery_won_is_told_of_the_model_that_was_saved(run: Path, tmp_pa
 
 
 def test_decoding_speed_is_shown_if_it_was_measured(run: Path, tmp_path: Path) -> None:
-    assert "decoding" not in render([story.read(run)])
+    page = render([story.read(run)])
+    assert "decoding" not in page and "so that size and speed are the dense model&#39;s" in page
     copy = shutil.copytree(run, tmp_path / "copy")
     made = json.loads((copy / "losa.json").read_text())
     made["measurements"]["dense"]["tokens_per_second"] = 11.1
     made["measurements"]["sparse"]["tokens_per_second"] = 29.4
     (copy / "losa.json").write_text(json.dumps(made))
     page = render([story.read(copy)])
-    assert "11 tokens/s" in page and "29 tokens/s" in page
+    assert "11 tokens/s" in page and "29 tokens/s" in page and "so that size is the dense model&#39;s" in page
 
 
 # ------------------------------------------------------------------------------------------- runs that have not finished

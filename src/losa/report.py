@@ -267,10 +267,18 @@ def _footnotes(stories: list[Story]) -> list[str]:
             "another run (--recovery none --steps 1), and both can be compared here."
         )
     for s in stories:
+        if s.exported:
+            came = Path(s.exported["from"]).resolve().name
+            who = f"{s.name} was e" if len(stories) > 1 else "E"
+            notes.append(
+                f"{who}xported from {came} in {s.exported['format']} form; all but this form's size and speed was measured "
+                "before."
+            )
         sparse = s.measurements.get("sparse", {})
         if "dense" in s.measurements and sparse and sparse.get("size") == s.measurements["dense"].get("size"):
             who = f"{s.name}: zeros" if len(stories) > 1 else "Zeros"
-            notes.append(f"{who} are stored like other weights, so that size and speed are the dense model's.")
+            alike = "size is" if "tokens_per_second" in sparse else "size and speed are"
+            notes.append(f"{who} are stored like other weights, so that {alike} the dense model's.")
     return notes
 
 

@@ -41,6 +41,7 @@ class Story:
     phases: list[dict[str, Any]] = field(default_factory=list)
     evidence: dict[int, dict[str, Any]] = field(default_factory=dict)  # what rates were made from, by step
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the model before and after
+    exported: dict[str, str] = field(default_factory=dict)  # from where and in what form, by losa export
     machine: dict[str, Any] = field(default_factory=dict)
     now: dict[str, Any] | None = None  # the phase under way, or that was
     began: float | None = None  # seconds since 1970
@@ -117,6 +118,7 @@ def read(folder: Path) -> Story:
             versions=told["versions"],
             measurements=told.get("measurements", {}),
             history=told.get("history", []),
+            exported=told.get("exported", {}),
         )
         _read_log(story, folder / "run" / "log.jsonl")
         story.verdict()
