@@ -53,23 +53,22 @@ def pictures(stories: list[Story]) -> list[list[Picture]]:
 def training(stories: list[Story]) -> Picture | None:
     """Loss of every update; perplexity after every pruning and every recovery."""
     go, subplots = _plotly()
-    figure = subplots.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07, row_heights=[0.55, 0.45])
+    by_update = all(story.updates for story in stories)  # else by step: without updates, all would lie at none
+    walks = [_walk(story, by_update) for story in stories]
+    learned, walked, several = any(story.updates for story in stories), any(walks), len(stories) > 1
+    if not learned and not walked:
+        return None
+    panels = learned + walked
+    figure = subplots.make_subplots(
+        rows=panels,
+        cols=1,
+        shared_xaxes=by_update,
+        vertical_spacing=0.07 if by_update else 0.2,
+        row_heights=[0.55, 0.45] if panels == 2 else [1],
+    )
     rows: Table = []
-    for number, story in enumerate(stories):
+    for number, (story, points) in enumerate(zip(stories, walks, strict=True)):
         starts, end = _starts(story)
-        named = {"dense": 0, "finetuned": starts[1], "before": 0}
-        points = [
-            (named[name], NAMES[name], found.get("sample_perplexity"))
-            for name, found in story.measurements.items()
-            if name in NAMES
-        ]
-        for record in story.history:
-            at, found = starts.get(record["step"], end), record["perplexity"]
-            points.append((at, f"pruned, step {record['step']}", found.get("pruned")))
-            if "recovered" in found:
-                done = starts.get(record["step"] + 1, end)
-                points.append((done, f"recovered, step {record['step']}", found["recovered"]))
-        points = [point for point in points if point[2] is not None]
         places = [starts[update["step"]] + update["update"] for update in story.updates]
         losses = [update["loss"] for update in story.updates]
         look = _look(number, stories)
@@ -86,7 +85,6 @@ def training(stories: list[Story]) -> Picture | None:
                 "line": {"width": 2.5},
                 "hovertemplate": "mean around update %{x}: %{y:.3f}" + _extra(stories),
             }
-            several = len(stories) > 1
             figure.add_trace(
                 go.Scatter(
                     x=places, y=_smoothed(losses), mode="lines", meta=look, showlegend=several, **smooth, **legend
@@ -94,7 +92,7 @@ def training(stories: list[Story]) -> Picture | None:
                 row=1,
                 col=1,
             )
-        if len(points) > 1:
+        if points:
             x, names, y = zip(*points, strict=True)
             figure.add_trace(
                 go.Scatter(
@@ -103,29 +101,39 @@ def training(stories: list[Story]) -> Picture | None:
                     text=names,
                     mode="lines+markers",
                     meta=look,
-                    showlegend=not losses and len(stories) > 1,
+                    showlegend=not losses and several,
                     name=_label(story.name),
                     hovertemplate="%{text}: %{y:.2f}" + _extra(stories),
                     marker={"size": 7},
                 ),
-                row=2,
+                row=panels,
                 col=1,
             )
         for update, x_ in zip(story.updates, places, strict=True):
             rows.append((story.name, x_, f"step {update['step']}", "loss", update["loss"]))
         rows += [(story.name, x_, name, "perplexity", value) for x_, name, value in points]
-        if len(stories) == 1:
+        if not several:
             for record in story.history:
-                _boundary(figure, starts.get(record["step"], end), record["mean_sparsity"])
-    if not rows:
-        return None
-    figure.update_yaxes(title_text="loss (nats a token)", row=1, col=1)
-    figure.update_yaxes(title_text="perplexity", row=2, col=1)
-    figure.update_xaxes(title_text="updates of recovery", row=2, col=1)
-    note = "Loss of every update and its running mean; perplexity after every pruning and every recovery"
-    note += ". The model was pruned to the share shown at the dotted lines." if len(stories) == 1 else "."
-    columns = ["run", "update", "when", "what", "value"]
-    return _picture("training", "Loss and perplexity", note, figure, columns, rows, height=480)
+                at = starts.get(record["step"], end) if by_update else record["step"]
+                _boundary(figure, at, record["mean_sparsity"])
+    told = []
+    if learned:
+        told.append("loss of every update and its running mean")
+        figure.update_yaxes(title_text="loss (nats a token)", row=1, col=1)
+        if not (walked and by_update):  # else the axis below is this one's, too
+            figure.update_xaxes(title_text="updates of recovery", row=1, col=1)
+    if walked:
+        told.append("perplexity after every pruning and every recovery")
+        figure.update_yaxes(title_text="perplexity", row=panels, col=1)
+        axis = {"title_text": "updates of recovery"} if by_update else {"title_text": "step", "dtick": 1}
+        figure.update_xaxes(**axis, row=panels, col=1)
+    note = "; ".join(told) + "."
+    if not several:
+        note += " The model was pruned to the share shown at the dotted lines."
+    title = " and ".join(["Loss"] * learned + ["perplexity"] * walked)
+    columns = ["run", "update" if by_update else "update or step" if learned else "step", "when", "what", "value"]
+    height = 480 if panels == 2 else 320
+    return _picture("training", _upper(title), _upper(note), figure, columns, rows, height)
 
 
 def sparsity(stories: list[Story]) -> Picture | None:
@@ -403,6 +411,25 @@ def _picture(
     return Picture(id_, title, note, figure.to_plotly_json(), columns, rows)
 
 
+def _walk(story: Story, by_update: bool) -> list[tuple[int, str, float]]:
+    """Perplexities as they came: (place, what it is of, value), places by update or by step; none if there is but one."""
+    starts, end = _starts(story)
+    named = {"dense": 0, "finetuned": starts[1] if by_update else 0, "before": 0}
+    points = [
+        (named[name], NAMES[name], found.get("sample_perplexity"))
+        for name, found in story.measurements.items()
+        if name in NAMES
+    ]
+    for record in story.history:
+        step, found = record["step"], record["perplexity"]
+        points.append((starts.get(step, end) if by_update else step, f"pruned, step {step}", found.get("pruned")))
+        if "recovered" in found:
+            done = starts.get(step + 1, end) if by_update else step
+            points.append((done, f"recovered, step {step}", found["recovered"]))
+    points = [point for point in points if point[2] is not None]
+    return points if len(points) > 1 else []
+
+
 def _starts(story: Story) -> tuple[dict[int, int], int]:
     """How many updates were made before each step, and in all."""
     starts, made = {}, 0
@@ -446,6 +473,10 @@ def _percent(values: list[float]) -> list[float]:
 
 def _tick(count: int) -> int:
     return next(step for step in (1, 2, 4, 8, 16, 32, count) if count <= 16 * step)
+
+
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _label(text: str) -> str:

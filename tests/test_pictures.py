@@ -1,0 +1,74 @@
+"""Pictures of runs as they may come, made by hand: without a log, of one step, all alike."""
+
+from pathlib import Path
+from typing import Any
+
+from losa.pictures import Picture, pictures
+from losa.story import Story
+
+
+def told(made: tuple[int, ...] = (2, 3), pruned: int = 2, name: str = "run", **fields: Any) -> Story:
+    """A run with so many updates made after every pruning, and so many prunings done."""
+    history = [
+        {
+            "step": step,
+            "mean_sparsity": 0.525 if step < pruned else 0.5999908,
+            "sparsity": [0.5, 0.55],
+            "errors": [0.01 * step, 0.02],
+            "ranks": [3, 4],
+            "perplexity": {"pruned": 20.0 + step, "recovered": 15.0 + step},
+        }
+        for step in range(1, pruned + 1)
+    ]
+    updates = [
+        {"step": step, "update": update, "of": count, "loss": 10.0 * step - update}
+        for step, count in enumerate(made, 1)
+        for update in range(1, count + 1)
+    ]
+    common: dict[str, Any] = dict(
+        folder=Path("run"),
+        name=name,
+        status="finished",
+        source="model",
+        command="compress",
+        recipe={"steps": 2, "rank_by": "error", "recovery": "losa"},
+        versions={},
+        measurements={"dense": {"perplexity": 9.0, "sample_perplexity": 10.0}},
+        history=history,
+        updates=updates,
+    )
+    return Story(**common | fields)
+
+
+def drawn(*stories: Story) -> dict[str, Picture]:
+    return {picture.id: picture for row in pictures(list(stories)) for picture in row}
+
+
+def axes(picture: Picture) -> list[str]:
+    """What the axes that have a title are called."""
+    layout = picture.figure["layout"]
+    return [axis["title"]["text"] for name, axis in sorted(layout.items()) if "axis" in name and "title" in axis]
+
+
+def test_without_updates_perplexity_is_shown_by_the_step() -> None:
+    """An export, or a run without recovery: no loss, and no picture in which all points lie at none."""
+    (walk,) = [t for t in drawn(told(()))["training"].figure["data"] if "lines" in t["mode"]]
+    assert (list(walk["x"]), list(walk["y"])) == ([0, 1, 1, 2, 2], [10, 21, 16, 22, 17])
+    picture = drawn(told(()))["training"]
+    assert axes(picture) == ["step", "perplexity"] and picture.title == "Perplexity" and "oss" not in picture.note
+    assert picture.columns[1] == "step"
+    both = drawn(told(name="whole"), told((), name="export"))["training"]
+    assert axes(both) == ["updates of recovery", "step", "loss (nats a token)", "perplexity"]
+    assert [list(t["x"]) for t in both.figure["data"] if t.get("yaxis") == "y2" and t["y"] != [None]] == 2 * [
+        [0, 1, 1, 2, 2]
+    ]
+
+
+def test_no_panel_where_there_is_nothing_to_show() -> None:
+    """A run that began, and one without eval_data."""
+    assert "training" not in drawn(told((), 0))
+    unmeasured = told(measurements={})
+    for record in unmeasured.history:
+        record["perplexity"] = {"pruned": None, "recovered": None}
+    picture = drawn(unmeasured)["training"]
+    assert axes(picture) == ["updates of recovery", "loss (nats a token)"] and picture.title == "Loss"
