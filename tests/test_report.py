@@ -150,6 +150,16 @@ def test_runs_are_compared(run: Path, other: Path, tmp_path: Path) -> None:
     assert str(run) in same and str(tmp_path / "second" / "first") in same  # told apart by their places
 
 
+def test_the_learning_rate_that_was_found_is_told(run: Path) -> None:
+    named, found = story.read(run), story.read(run)
+    found.recipe["learning_rate"] = "auto"
+    assert "<td>learning_rate</td><td>auto</td>" in render([found])  # all settings; nothing is found yet
+    found.history[0]["learning_rate"] = found.history[1]["learning_rate"] = 0.008
+    page = render([found]).partition("<h2>Recipe")[2]
+    assert page.count("<td>learning_rate</td><td>auto: 0.008</td>") == 2 and "rate that was found" in page
+    assert "<td>learning_rate</td><td>0.002</td><td>auto: 0.008</td>" in render([named, found])
+
+
 def test_phases_say_where_the_time_went(run: Path) -> None:
     told = story.read(run)
     names = [(phase["phase"], phase.get("step")) for phase in told.phases]

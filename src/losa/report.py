@@ -323,11 +323,12 @@ def _samples(stories: list[Story]) -> list[dict[str, Any]]:
 def _recipe(stories: list[Story]) -> dict[str, Any]:
     """Of one run, what differs from losa's defaults; of several, what differs between them."""
     names = list(dict.fromkeys(name for s in stories for name in s.recipe))
-    every = [[name, *(_value(s.recipe.get(name)) for s in stories)] for name in names]
+    every = [[name, *(_setting(s, name) for s in stories)] for name in names]
     if len(stories) == 1:
         usual = {f.name: _value(value) for f, value in zip(dataclasses.fields(Recipe), _defaults(), strict=True)}
         rows = [row for row in every if row[1] != usual.get(row[0])]
-        title, note = "Recipe", "What differs from losa's defaults."
+        title, note = "Recipe", "What differs from losa's defaults"
+        note += ", and the learning rate that was found." if stories[0].rates else "."
     else:
         rows = [row for row in every if len(set(row[1:])) > 1]
         title, note = "What differs", "Settings in which the runs differ." if rows else "No setting differs."
@@ -338,6 +339,12 @@ def _recipe(stories: list[Story]) -> dict[str, Any]:
         "all": every,
         "columns": ["setting", *(s.name for s in stories)],
     }
+
+
+def _setting(s: Story, name: str) -> str:
+    """As it was asked for; the learning rate that was asked to be found, with what was found."""
+    value = _value(s.recipe.get(name))
+    return f"{value}: {' and '.join(f'{rate:g}' for rate in s.rates)}" if name == "learning_rate" and s.rates else value
 
 
 def _defaults() -> list[Any]:

@@ -69,6 +69,11 @@ class Story:
         return next(iter(self.measurements.values()), {})
 
     @property
+    def rates(self) -> list[float]:
+        """The learning rates that trials found; none where one was named."""
+        return sorted({record["learning_rate"] for record in self.history if "learning_rate" in record})
+
+    @property
     def sampled(self) -> bool:
         """Whether the steps were measured on other tokens than the first and the final model."""
         return self.first.get("perplexity") != self.first.get("sample_perplexity")
