@@ -72,3 +72,11 @@ def test_no_panel_where_there_is_nothing_to_show() -> None:
         record["perplexity"] = {"pruned": None, "recovered": None}
     picture = drawn(unmeasured)["training"]
     assert axes(picture) == ["updates of recovery", "loss (nats a token)"] and picture.title == "Loss"
+
+
+def test_the_mean_of_losses_ends_with_the_step() -> None:
+    """It does not rise before the pruning that makes the loss rise; a step of one update is a point."""
+    losses, means = drawn(told((3, 1)))["training"].figure["data"][:2]
+    assert list(losses["x"]) == list(means["x"]) == [1, 2, 3, 3, 4]
+    assert list(losses["y"]) == [9.0, 8.0, 7.0, None, 19.0] and "markers" in losses["mode"]
+    assert list(means["y"]) == [8.5, 8.0, 7.5, None, 19.0]

@@ -6,6 +6,7 @@ by name (`meta`), because the page paints them for light or dark.
 
 import html
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from losa.errors import LosaError
 from losa.story import NAMES, Story
 
 Table = list[Sequence[Any]]
+DOTS = 60  # so many updates and fewer have a dot each: a step may have but one, which makes no line
 PHASES = {  # as they come; what each takes part in
     "reading": "reading data",
     "loading": "loading the model",
@@ -69,8 +71,18 @@ def training(stories: list[Story]) -> Picture | None:
     rows: Table = []
     for number, (story, points) in enumerate(zip(stories, walks, strict=True)):
         starts, end = _starts(story)
-        places = [starts[update["step"]] + update["update"] for update in story.updates]
-        losses = [update["loss"] for update in story.updates]
+        # a line a step: what is pruned between two of them makes the loss jump
+        places: list[int] = []
+        losses: list[float | None] = []
+        means: list[float | None] = []
+        for step, made in itertools.groupby(story.updates, lambda update: update["step"]):
+            updates = list(made)
+            if losses:
+                places, losses, means = [*places, places[-1]], [*losses, None], [*means, None]
+            found = [update["loss"] for update in updates]
+            places += [starts[step] + update["update"] for update in updates]
+            losses += found
+            means += _smoothed(found)
         look = _look(number, stories)
         if losses:
             legend = {"legendgroup": f"run {number}", "name": _label(story.name)}
@@ -80,15 +92,14 @@ def training(stories: list[Story]) -> Picture | None:
                 "hovertemplate": "update %{x}: %{y:.3f}" + _extra(stories),
                 "showlegend": False,
             }
-            figure.add_trace(go.Scatter(x=places, y=losses, mode="lines", meta=look, **thin, **legend), row=1, col=1)
+            dots = {"mode": "lines" if len(losses) > DOTS else "lines+markers", "marker": {"size": 4}}
+            figure.add_trace(go.Scatter(x=places, y=losses, meta=look, **dots, **thin, **legend), row=1, col=1)
             smooth = {
                 "line": {"width": 2.5},
                 "hovertemplate": "mean around update %{x}: %{y:.3f}" + _extra(stories),
             }
             figure.add_trace(
-                go.Scatter(
-                    x=places, y=_smoothed(losses), mode="lines", meta=look, showlegend=several, **smooth, **legend
-                ),
+                go.Scatter(x=places, y=means, mode="lines", meta=look, showlegend=several, **smooth, **legend),
                 row=1,
                 col=1,
             )
@@ -109,8 +120,9 @@ def training(stories: list[Story]) -> Picture | None:
                 row=panels,
                 col=1,
             )
-        for update, x_ in zip(story.updates, places, strict=True):
-            rows.append((story.name, x_, f"step {update['step']}", "loss", update["loss"]))
+        for update in story.updates:
+            place = starts[update["step"]] + update["update"]
+            rows.append((story.name, place, f"step {update['step']}", "loss", update["loss"]))
         rows += [(story.name, x_, name, "perplexity", value) for x_, name, value in points]
         if not several:
             for record in story.history:
@@ -118,7 +130,7 @@ def training(stories: list[Story]) -> Picture | None:
                 _boundary(figure, at, record["mean_sparsity"])
     told = []
     if learned:
-        told.append("loss of every update and its running mean")
+        told.append("loss of every update, thick: the mean of it and the updates around it in the same step")
         figure.update_yaxes(title_text="loss (nats a token)", row=1, col=1)
         if not (walked and by_update):  # else the axis below is this one's, too
             figure.update_xaxes(title_text="updates of recovery", row=1, col=1)
@@ -448,7 +460,7 @@ def _boundary(figure: Any, at: int, reached: float) -> None:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """The mean of each and its neighbours, a twentieth of them all."""
+    """The mean of each and its neighbours on both sides, a twentieth of them all."""
     half = max(1, len(values) // 40)
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - half) : i + half + 1])]
 
