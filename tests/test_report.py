@@ -209,7 +209,9 @@ def test_a_run_cut_short(saves: int, llama: Path, small: Recipe, tmp_path: Path)
     assert told.status == "cut short" and len(told.history) == (saves > 1) + (saves > 5) and told.unread == 1
     page = report([out]).read_text()
     assert "was cut short" in page and f"--output {out} --resume" in page
-    assert ("ranks" in figures(page)) == (saves > 1)
+    assert ("ranks" in figures(page)) == ("training" in figures(page)) == (saves > 1)
+    assert ("the steps before it have repaired" in page) == (saves > 5)
+    assert ("recovery, update 1 of 2" in page) == (saves == 3)
     losa.compress(str(llama), changed(small, checkpoint_minutes=0.0), out, resume=True)
     told = story.read(out)
     assert told.status == "finished" and told.unread == 1

@@ -177,10 +177,13 @@ def _state(s: Story, named: bool) -> dict[str, str] | None:
     who = f"{s.name}: this run" if named else "This run"
     at = ""
     if s.now:
-        step = f"step {s.now['step']} of {s.recipe['steps']}, " if "step" in s.now else ""
+        step = f"step {s.now['step']} of {s.recipe['steps']}, " if s.now.get("step") else ""  # 0: fine-tuned first
         at = f" at {step}{PHASES.get(s.now['phase'], s.now['phase'])}"
+        if "update" in s.now:
+            at += f", update {s.now['update']} of {s.now['of']}"
     if s.status == "going":
-        return {"text": f"{who} is going on,{at}. The page shows what was there at {_clock(s.ended)}.", "command": ""}
+        what = f"{who} is going on{',' if at else ''}{at}. The page shows what was there at {_clock(s.ended)}."
+        return {"text": what, "command": ""}
     command = shlex.join(["losa", s.command, s.source, "--output", str(s.folder.resolve()), "--resume"])
     return {"text": f"{who} was cut short{at}, {_clock(s.ended)}. It goes on with", "command": command}
 
@@ -261,7 +264,8 @@ def _footnotes(stories: list[Story]) -> list[str]:
             "The sample is the part of the evaluation text, spread over it, on which every step is measured "
             "(eval_step_tokens)."
         )
-    if any(row.name.startswith("pruned, step") and s.recipe["steps"] > 1 for s in stories for row in s.verdict()):
+    repaired = [s for s in stories if s.history and s.history[-1]["step"] > 1 and s.recipe["recovery"] != "none"]
+    if any(row.name.startswith("pruned, step") for s in repaired for row in s.verdict()):
         notes.append(
             "The pruned model of the last step is one that the steps before it have repaired: what pruning alone costs is "
             "another run (--recovery none --steps 1), and both can be compared here."

@@ -171,5 +171,7 @@ def _read_log(story: Story, path: Path) -> None:
             history[event["step"]] = event
         elif kind == "update":
             updates[event["step"], event["update"]] = event
+            if story.now:
+                story.now = story.now | {"update": event["update"], "of": event["of"]}
     story.history = story.history or [history[step] for step in sorted(history)]
     story.updates = [updates[key] for key in sorted(updates)]
