@@ -80,3 +80,8 @@ def test_the_mean_of_losses_ends_with_the_step() -> None:
     assert list(losses["x"]) == list(means["x"]) == [1, 2, 3, 3, 4]
     assert list(losses["y"]) == [9.0, 8.0, 7.0, None, 19.0] and "markers" in losses["mode"]
     assert list(means["y"]) == [8.5, 8.0, 7.5, None, 19.0]
+
+
+def test_the_share_pruned_is_the_tables() -> None:
+    texts = [note["text"] for note in drawn(told())["training"].figure["layout"]["annotations"]]
+    assert texts == ["52.5%", "60%"]

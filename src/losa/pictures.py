@@ -454,8 +454,9 @@ def _starts(story: Story) -> tuple[dict[int, int], int]:
 
 def _boundary(figure: Any, at: int, reached: float) -> None:
     figure.add_vline(x=at, line={"width": 1, "dash": "dot"})
+    text = f"{reached:.1%}".replace(".0%", "%")
     figure.add_annotation(
-        x=at, xref="x", y=1, yref="paper", yanchor="bottom", xanchor="center", showarrow=False, text=f"{reached:.0%}"
+        x=at, xref="x", y=1, yref="paper", yanchor="bottom", xanchor="center", showarrow=False, text=text
     )
 
 
