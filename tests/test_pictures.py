@@ -85,3 +85,14 @@ def test_the_mean_of_losses_ends_with_the_step() -> None:
 def test_the_share_pruned_is_the_tables() -> None:
     texts = [note["text"] for note in drawn(told())["training"].figure["layout"]["annotations"]]
     assert texts == ["52.5%", "60%"]
+
+
+def test_what_was_measured_is_told_by_markers_and_named() -> None:
+    for stories in ([told()], [told((1, 1)), told((), name="other")]):
+        traces = drawn(*stories)["training"].figure["data"]
+        named = {t["name"]: t["marker"]["symbol"] for t in traces if t.get("legend") == "legend2"}
+        assert list(named) == ["dense", "pruned", "recovered"] and len(set(named.values())) == 3
+        walks = [t for t in traces if t.get("text")]
+        assert len(walks) == len(stories)
+        for walk in walks:
+            assert list(walk["marker"]["symbol"]) == [named[text.partition(",")[0]] for text in walk["text"]]

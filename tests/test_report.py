@@ -69,7 +69,7 @@ def test_the_pictures_show_what_the_run_did(run: Path) -> None:
         assert drawn["ranks"]["data"][number]["y"] == record["ranks"]
         assert drawn["errors"]["data"][number]["y"] == record["errors"]
         assert drawn["sparsity"]["data"][number]["y"] == pytest.approx([100 * rate for rate in record["sparsity"]])
-    losses, smooth, perplexities = drawn["training"]["data"]
+    losses, smooth, perplexities, *_ = drawn["training"]["data"]
     assert len(losses["y"]) == len(smooth["y"]) == 6 and losses["x"] == [1, 2, 2, 3, 4, 5]  # a gap between steps
     first, second = (record["perplexity"] for record in made["history"])
     dense = made["measurements"]["dense"]["sample_perplexity"]

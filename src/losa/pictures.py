@@ -15,6 +15,14 @@ from losa.errors import LosaError
 from losa.story import NAMES, Story
 
 Table = list[Sequence[Any]]
+SYMBOLS = {
+    "dense": "diamond",
+    "as it came": "diamond",
+    "fine-tuned": "square",
+    "pruned": "triangle-down",
+    "recovered": "circle",
+}
+GREY = 7  # among the page's colours
 DOTS = 60  # so many updates and fewer have a dot each: a step may have but one, which makes no line
 PHASES = {  # as they come; what each takes part in
     "reading": "reading data",
@@ -115,7 +123,7 @@ def training(stories: list[Story]) -> Picture | None:
                     showlegend=not losses and several,
                     name=_label(story.name),
                     hovertemplate="%{text}: %{y:.2f}" + _extra(stories),
-                    marker={"size": 7},
+                    marker={"size": 9, "symbol": [SYMBOLS[_kind(name)] for name in names]},
                 ),
                 row=panels,
                 col=1,
@@ -128,6 +136,10 @@ def training(stories: list[Story]) -> Picture | None:
             for record in story.history:
                 at = starts.get(record["step"], end) if by_update else record["step"]
                 _boundary(figure, at, record["mean_sparsity"])
+    for kind in dict.fromkeys(_kind(name) for points in walks for _, name, _ in points):
+        key: dict[str, Any] = {"mode": "markers", "marker": {"size": 9, "symbol": SYMBOLS[kind]}, "legend": "legend2"}
+        look = {"color": GREY} if several else _look(0, stories)
+        figure.add_trace(go.Scatter(x=[None], y=[None], name=kind, meta=look, **key), row=panels, col=1)
     told = []
     if learned:
         told.append("loss of every update, thick: the mean of it and the updates around it in the same step")
@@ -144,7 +156,7 @@ def training(stories: list[Story]) -> Picture | None:
         note += " The model was pruned to the share shown at the dotted lines."
     title = " and ".join(["Loss"] * learned + ["perplexity"] * walked)
     columns = ["run", "update" if by_update else "update or step" if learned else "step", "when", "what", "value"]
-    height = 480 if panels == 2 else 320
+    height = 510 if panels == 2 else 350
     return _picture("training", _upper(title), _upper(note), figure, columns, rows, height)
 
 
@@ -440,6 +452,11 @@ def _walk(story: Story, by_update: bool) -> list[tuple[int, str, float]]:
             points.append((done, f"recovered, step {step}", found["recovered"]))
     points = [point for point in points if point[2] is not None]
     return points if len(points) > 1 else []
+
+
+def _kind(name: str) -> str:
+    """pruned, of "pruned, step 2"."""
+    return name.partition(",")[0]
 
 
 def _starts(story: Story) -> tuple[dict[int, int], int]:

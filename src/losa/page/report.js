@@ -52,15 +52,17 @@ function painted(figure, theme) {
       font: { color: theme.muted, size: 12 }, currentvalue: { visible: false },
     });
   }
+  const legend = { orientation: "h", x: 0, xanchor: "left", traceorder: "normal", font: { color: theme.ink } };
+  const below = data.some((trace) => trace.legend === "legend2");  // what markers mean
   return [data, {
     ...layout,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: FAMILY, size: 12.5, color: theme.ink },
-    margin: { l: 52, r: 14, t: 52, b: 44 },  // the buttons are above the legend
-    legend: {
-      ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", traceorder: "normal",
-      font: { color: theme.ink },
-    },
+    margin: { l: 52, r: 14, t: 52, b: below ? 74 : 44 },  // the buttons are above the legend
+    legend: { ...layout.legend, ...legend, y: 1, yanchor: "bottom" },
+    ...(below && { legend2: {
+      ...legend, yref: "container", y: 0, yanchor: "bottom", itemclick: false, itemdoubleclick: false,
+    } }),
     hoverlabel: { bgcolor: theme.back, bordercolor: theme.muted, font: { family: FAMILY, color: theme.ink } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: theme.muted, activecolor: theme.ink },
     dragmode: narrow.matches ? false : "zoom",  // on a phone, a finger on a picture scrolls the page
