@@ -96,3 +96,16 @@ def test_what_was_measured_is_told_by_markers_and_named() -> None:
         assert len(walks) == len(stories)
         for walk in walks:
             assert list(walk["marker"]["symbol"]) == [named[text.partition(",")[0]] for text in walk["text"]]
+
+
+def test_lines_that_coincide_are_all_seen() -> None:
+    """The earlier is wider, so that it shows under the later; where none coincide, all are alike."""
+
+    def widths(*stories: Story) -> list[float]:
+        return [trace["line"]["width"] for trace in drawn(*stories)["sparsity"].figure["data"]]
+
+    assert widths(told()) == [6, 2] and widths(told(name="a"), told(name="b")) == [6, 2]
+    run = told(pruned=3, made=(1, 1, 1))
+    run.history[1]["sparsity"] = [0.7, 0.6]
+    assert widths(run) == [6, 2, 2]
+    assert widths(*(told(name=str(number)) for number in range(9))) == [18, 16, 14, 12, 10, 8, 6, 4, 2]

@@ -390,33 +390,35 @@ def _lines(
 ) -> Picture | None:
     """A line a step over the blocks; of several runs, a line each, of the last step."""
     go, _ = _plotly()
-    figure, longest = go.Figure(), 0
-    rows: Table = []
+    figure, several = go.Figure(), len(stories) > 1
+    lines: list[tuple[str, dict[str, Any], str, list[Any]]] = []
     for number, story in enumerate(stories):
-        lines = sorted(of(story).items())
-        for step, values in lines if len(stories) == 1 else lines[-1:]:
-            named = story.name if len(stories) > 1 else str(step)
-            look = _look(number, stories) if len(stories) > 1 else {"shade": step / max(1, len(lines))}
-            where = "block %{x}: %{y:.4g}" + ("" if len(stories) > 1 else f"<extra>step {step}</extra>")
-            figure.add_trace(
-                go.Scatter(
-                    x=list(range(len(values))),
-                    y=values,
-                    name=_label(named),
-                    mode="lines+markers",
-                    meta=look,
-                    marker={"size": 6 if len(values) <= 48 else 3},
-                    hovertemplate=where,
-                )
-            )
-            rows += [(named, block, value) for block, value in enumerate(values)]
-            longest = max(longest, len(values))
-    if not rows:
+        found = sorted(of(story).items())
+        for step, values in found[-1:] if several else found:
+            look = _look(number, stories) if several else {"shade": step / max(1, len(found))}
+            where = "block %{x}: %{y:.4g}" + ("" if several else f"<extra>step {step}</extra>")
+            lines.append((story.name if several else str(step), look, where, values))
+    if not lines:
         return None
+    longest = max(len(values) for *_, values in lines)
+    for (named, look, where, values), wider in zip(lines, _wider([values for *_, values in lines]), strict=True):
+        figure.add_trace(
+            go.Scatter(
+                x=list(range(len(values))),
+                y=values,
+                name=_label(named),
+                mode="lines+markers",
+                meta=look,
+                line={"width": 2 + wider},
+                marker={"size": (6 if len(values) <= 48 else 3) + wider},
+                hovertemplate=where,
+            )
+        )
+    rows: Table = [(named, block, value) for named, _, _, values in lines for block, value in enumerate(values)]
     figure.update_xaxes(title_text=axes[0], dtick=_tick(longest), range=[-0.4, longest - 0.6])
     figure.update_yaxes(title_text=axes[1], zeroline=zero)
-    figure.update_layout(legend_title_text="step" if len(stories) == 1 else None)
-    columns = ["run" if len(stories) > 1 else "step", "block", axes[1]]
+    figure.update_layout(legend_title_text=None if several else "step")
+    columns = ["run" if several else "step", "block", axes[1]]
     return _picture(id_, title, note + ".", figure, columns, rows)
 
 
@@ -452,6 +454,22 @@ def _walk(story: Story, by_update: bool) -> list[tuple[int, str, float]]:
             points.append((done, f"recovered, step {step}", found["recovered"]))
     points = [point for point in points if point[2] is not None]
     return points if len(points) > 1 else []
+
+
+def _wider(lines: list[list[float]]) -> list[float]:
+    """How much wider each line is drawn than the last one, so that it shows under those that later run along it."""
+    every = [value for values in lines for value in values]
+    near = 0.02 * (max(every) - min(every))
+
+    def along(one: list[float], other: list[float]) -> bool:
+        close = [abs(a - b) <= near for a, b in zip(one, other, strict=False)]
+        return any(map(all, itertools.pairwise(close))) or close == [True]
+
+    under: list[int] = []  # how many lie on each, one on another
+    for number, values in reversed(list(enumerate(lines))):
+        over = [count for later, count in zip(lines[number + 1 :], under, strict=True) if along(values, later)]
+        under.insert(0, max(over) + 1 if over else 0)
+    return [min(4, 16 / max(1, *under)) * count for count in under]
 
 
 def _kind(name: str) -> str:
