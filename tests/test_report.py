@@ -146,7 +146,10 @@ def test_runs_are_compared(run: Path, other: Path, tmp_path: Path) -> None:
     made["measurements"]["dense"]["perplexity"] += 1
     (copy / "losa.json").write_text(json.dumps(made))
     assert "do not compare" in render([story.read(run), story.read(copy)])
+    assert page.index('class="verdict"') < page.index("What differs") < page.index('class="pictures"')
+    assert page.count("stored like other weights") == 1 and "first: 50% by wanda" in page
     same = render([story.read(run), story.read(shutil.copytree(run, tmp_path / "second" / "first"))])
+    assert same.count("50% by wanda") == 1 and "<p>Both: 50% by wanda" in same
     assert str(run) in same and str(tmp_path / "second" / "first") in same  # told apart by their places
 
 

@@ -62,7 +62,7 @@ def render(stories: list[Story]) -> str:
         made=time.strftime("%-d %B %Y, %H:%M"),
         title=_title(one) if one else f"{len(stories)} runs compared",
         headline=_headline(one) if one else _comparison(stories),
-        explained=_explained(one) if one else [f"{s.name}: {_method(s)}." for s in stories],
+        explained=_explained(one) if one else _methods(stories),
         states=[state for s in stories if (state := _state(s, len(stories) > 1))],
         tiles=_tiles(one) if one else [],
         verdict=_verdict(stories),
@@ -149,6 +149,14 @@ def _comparison(stories: list[Story]) -> str:
         return "They were measured from different models or on different texts: their perplexities do not compare."
     low, best = min((end["perplexity"], s.name) for end, s in zip(ends, stories, strict=True))
     return f"{best} ends lowest: perplexity {number(low)}, where it began at {number(stories[0].first['perplexity'])}."
+
+
+def _methods(stories: list[Story]) -> list[str]:
+    """Of each run; once, if all are alike: where they differ is in the settings that differ."""
+    methods = [_method(s) for s in stories]
+    if len(set(methods)) > 1:
+        return [f"{s.name}: {method}." for s, method in zip(stories, methods, strict=True)]
+    return [f"{'Both' if len(stories) == 2 else 'All'}: {methods[0]}."]
 
 
 def _explained(s: Story) -> list[str]:
@@ -278,11 +286,17 @@ def _footnotes(stories: list[Story]) -> list[str]:
                 f"{who}xported from {came} in {s.exported['format']} form; all but this form's size and speed was measured "
                 "before."
             )
-        sparse = s.measurements.get("sparse", {})
-        if "dense" in s.measurements and sparse and sparse.get("size") == s.measurements["dense"].get("size"):
-            who = f"{s.name}: zeros" if len(stories) > 1 else "Zeros"
-            alike = "size is" if "tokens_per_second" in sparse else "size and speed are"
-            notes.append(f"{who} are stored like other weights, so that {alike} the dense model's.")
+    whole = [
+        s
+        for s in stories
+        if {"dense", "sparse"} <= s.measurements.keys()
+        and s.measurements["sparse"].get("size") == s.measurements["dense"].get("size")
+    ]
+    if whole:
+        who = "Zeros" if len(whole) == len(stories) else f"{', '.join(s.name for s in whole)}: zeros"
+        timed = any("tokens_per_second" in s.measurements["sparse"] for s in whole)
+        alike = "size is" if timed else "size and speed are"
+        notes.append(f"{who} are stored like other weights, so that {alike} the dense model's.")
     return notes
 
 
