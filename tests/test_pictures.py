@@ -108,4 +108,4 @@ def test_lines_that_coincide_are_all_seen() -> None:
     run = told(pruned=3, made=(1, 1, 1))
     run.history[1]["sparsity"] = [0.7, 0.6]
     assert widths(run) == [6, 2, 2]
-    assert widths(*(told(name=str(number)) for number in range(9))) == [18, 16, 14, 12, 10, 8, 6, 4, 2]
+    assert widths(*(told(name=str(number)) for number in range(9))) == [12 - 1.25 * number for number in range(9)]

@@ -19,7 +19,7 @@ SYMBOLS = {
     "dense": "diamond",
     "as it came": "diamond",
     "fine-tuned": "square",
-    "pruned": "triangle-down",
+    "pruned": "x",
     "recovered": "circle",
 }
 GREY = 7  # among the page's colours
@@ -142,7 +142,7 @@ def training(stories: list[Story]) -> Picture | None:
         figure.add_trace(go.Scatter(x=[None], y=[None], name=kind, meta=look, **key), row=panels, col=1)
     told = []
     if learned:
-        told.append("loss of every update, thick: the mean of it and the updates around it in the same step")
+        told.append("loss of every update (thick: its mean with its neighbours in the same step)")
         figure.update_yaxes(title_text="loss (nats a token)", row=1, col=1)
         if not (walked and by_update):  # else the axis below is this one's, too
             figure.update_xaxes(title_text="updates of recovery", row=1, col=1)
@@ -401,7 +401,10 @@ def _lines(
     if not lines:
         return None
     longest = max(len(values) for *_, values in lines)
-    for (named, look, where, values), wider in zip(lines, _wider([values for *_, values in lines]), strict=True):
+    wide = _wider([values for *_, values in lines])
+    if any(wide):
+        note += "; of lines that coincide, the earlier is wider"
+    for (named, look, where, values), wider in zip(lines, wide, strict=True):
         figure.add_trace(
             go.Scatter(
                 x=list(range(len(values))),
@@ -469,7 +472,7 @@ def _wider(lines: list[list[float]]) -> list[float]:
     for number, values in reversed(list(enumerate(lines))):
         over = [count for later, count in zip(lines[number + 1 :], under, strict=True) if along(values, later)]
         under.insert(0, max(over) + 1 if over else 0)
-    return [min(4, 16 / max(1, *under)) * count for count in under]
+    return [min(4, 10 / max(1, *under)) * count for count in under]
 
 
 def _kind(name: str) -> str:
