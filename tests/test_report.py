@@ -350,6 +350,12 @@ def test_a_browser_draws_it(
         assert set(marks) == set(figures(page.read_text())) and len(marks) >= 7
         assert all(count > 0 and wide > 200 for count, wide in marks.values()), marks
         assert browser.value("document.documentElement.scrollWidth") <= width
+        table = "document.querySelector('.verdict').parentElement"
+        assert browser.value(f"{table}.scrollWidth <= {table}.clientWidth")
+        sizes = browser.value(
+            "[...document.querySelectorAll('.legendtext, .legendtitletext')].map((text) => getComputedStyle(text).fontSize)"
+        )
+        assert len(set(sizes)) == 1, sizes
         background = browser.value("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, background[4:-1].split(", "))) < 200) == dark
 
