@@ -15,6 +15,7 @@ from losa import card, story
 from losa.recipe import Recipe
 from losa.report import render
 from losa.sparse.convert import convert
+from losa.units import size
 
 
 @pytest.fixture
@@ -141,6 +142,29 @@ def test_what_is_exported_has_a_card_of_its_own(tmp_path: Path, llama: Path, bri
     text = (tmp_path / "dense" / "README.md").read_text()
     assert "stored as zeros" in text and "exported from `packed`" in text
     assert "import losa" not in code_of(text, tmp_path / "dense")
+
+
+def test_an_exported_models_size_is_its_own(tmp_path: Path, llama: Path, brief: Recipe) -> None:
+    """Its speed was measured in the other form, and is of no use in this one."""
+    for form in ("dense", "packed"):
+        losa.compress(str(llama), changed(brief, format=form), tmp_path / form)
+    path = tmp_path / "dense" / "losa.json"
+    told = json.loads(path.read_text())
+    told["measurements"]["sparse"]["tokens_per_second"] = 9.0
+    path.write_text(json.dumps(told))
+    convert(tmp_path / "dense", tmp_path / "exported", "packed")
+    made = {
+        name: json.loads((tmp_path / name / "losa.json").read_text())["measurements"] for name in ("packed", "exported")
+    }
+    packed, exported = (found["sparse"] for found in made.values())
+    assert [exported[key] for key in ("size", "disk")] == [packed[key] for key in ("size", "disk")]
+    assert packed["size"] < made["packed"]["dense"]["size"] and "tokens_per_second" not in exported
+    text = (tmp_path / "exported" / "README.md").read_text()
+    sizes = [size(found["size"]) for found in made["packed"].values()]
+    assert f"| size in memory | {' | '.join(sizes)} |" in text and "All of it but this form's size" in text
+    page = render([story.read(tmp_path / "exported")])
+    assert f"<td>{sizes[1]}</td>" in page and "Exported from dense in packed form" in page
+    assert "stored like other weights" not in page
 
 
 def test_a_card_of_others_is_not_carried_over_by_an_export(tmp_path: Path) -> None:

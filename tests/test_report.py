@@ -69,8 +69,8 @@ def test_the_pictures_show_what_the_run_did(run: Path) -> None:
         assert drawn["ranks"]["data"][number]["y"] == record["ranks"]
         assert drawn["errors"]["data"][number]["y"] == record["errors"]
         assert drawn["sparsity"]["data"][number]["y"] == pytest.approx([100 * rate for rate in record["sparsity"]])
-    losses, smooth, perplexities = drawn["training"]["data"]
-    assert len(losses["y"]) == len(smooth["y"]) == 5 and losses["x"] == [1, 2, 3, 4, 5]
+    losses, smooth, perplexities, *_ = drawn["training"]["data"]
+    assert len(losses["y"]) == len(smooth["y"]) == 6 and losses["x"] == [1, 2, 2, 3, 4, 5]  # a gap between steps
     first, second = (record["perplexity"] for record in made["history"])
     dense = made["measurements"]["dense"]["sample_perplexity"]
     walk = [dense, first["pruned"], first["recovered"], second["pruned"], second["recovered"]]
@@ -146,8 +146,21 @@ def test_runs_are_compared(run: Path, other: Path, tmp_path: Path) -> None:
     made["measurements"]["dense"]["perplexity"] += 1
     (copy / "losa.json").write_text(json.dumps(made))
     assert "do not compare" in render([story.read(run), story.read(copy)])
+    assert page.index('class="verdict"') < page.index("What differs") < page.index('class="pictures"')
+    assert page.count("stored like other weights") == 1 and "first: 50% by wanda" in page
     same = render([story.read(run), story.read(shutil.copytree(run, tmp_path / "second" / "first"))])
+    assert same.count("50% by wanda") == 1 and "<p>Both: 50% by wanda" in same
     assert str(run) in same and str(tmp_path / "second" / "first") in same  # told apart by their places
+
+
+def test_the_learning_rate_that_was_found_is_told(run: Path) -> None:
+    named, found = story.read(run), story.read(run)
+    found.recipe["learning_rate"] = "auto"
+    assert "<td>learning_rate</td><td>auto</td>" in render([found])  # all settings; nothing is found yet
+    found.history[0]["learning_rate"] = found.history[1]["learning_rate"] = 0.008
+    page = render([found]).partition("<h2>Recipe")[2]
+    assert page.count("<td>learning_rate</td><td>auto: 0.008</td>") == 2 and "rate that was found" in page
+    assert "<td>learning_rate</td><td>0.002</td><td>auto: 0.008</td>" in render([named, found])
 
 
 def test_phases_say_where_the_time_went(run: Path) -> None:
@@ -173,14 +186,15 @@ def test_what_recovery_won_is_told_of_the_model_that_was_saved(run: Path, tmp_pa
 
 
 def test_decoding_speed_is_shown_if_it_was_measured(run: Path, tmp_path: Path) -> None:
-    assert "decoding" not in render([story.read(run)])
+    page = render([story.read(run)])
+    assert "decoding" not in page and "so that size and speed are the dense model&#39;s" in page
     copy = shutil.copytree(run, tmp_path / "copy")
     made = json.loads((copy / "losa.json").read_text())
     made["measurements"]["dense"]["tokens_per_second"] = 11.1
     made["measurements"]["sparse"]["tokens_per_second"] = 29.4
     (copy / "losa.json").write_text(json.dumps(made))
     page = render([story.read(copy)])
-    assert "11 tokens/s" in page and "29 tokens/s" in page
+    assert "11 tokens/s" in page and "29 tokens/s" in page and "so that size is the dense model&#39;s" in page
 
 
 # ------------------------------------------------------------------------------------------- runs that have not finished
@@ -198,7 +212,9 @@ def test_a_run_cut_short(saves: int, llama: Path, small: Recipe, tmp_path: Path)
     assert told.status == "cut short" and len(told.history) == (saves > 1) + (saves > 5) and told.unread == 1
     page = report([out]).read_text()
     assert "was cut short" in page and f"--output {out} --resume" in page
-    assert ("ranks" in figures(page)) == (saves > 1)
+    assert ("ranks" in figures(page)) == ("training" in figures(page)) == (saves > 1)
+    assert ("the steps before it have repaired" in page) == (saves > 5)
+    assert ("recovery, update 1 of 2" in page) == (saves == 3)
     losa.compress(str(llama), changed(small, checkpoint_minutes=0.0), out, resume=True)
     told = story.read(out)
     assert told.status == "finished" and told.unread == 1
@@ -334,6 +350,12 @@ def test_a_browser_draws_it(
         assert set(marks) == set(figures(page.read_text())) and len(marks) >= 7
         assert all(count > 0 and wide > 200 for count, wide in marks.values()), marks
         assert browser.value("document.documentElement.scrollWidth") <= width
+        table = "document.querySelector('.verdict').parentElement"
+        assert browser.value(f"{table}.scrollWidth <= {table}.clientWidth")
+        sizes = browser.value(
+            "[...document.querySelectorAll('.legendtext, .legendtitletext')].map((text) => getComputedStyle(text).fontSize)"
+        )
+        assert len(set(sizes)) == 1, sizes
         background = browser.value("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, background[4:-1].split(", "))) < 200) == dark
 

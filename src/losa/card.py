@@ -165,7 +165,8 @@ def _measured(made: dict[str, Any]) -> str:
     rows.append(["size in memory", *(size(found["size"]) for found in told)])
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     if "exported" in made:
-        table += f"\n\nAll of it before the model was exported from `{_short(made['exported']['from'])}` in this form."
+        came = _short(made["exported"]["from"])
+        table += f"\n\nAll of it but this form's size was measured before the model was exported from `{came}`."
     if sparse["perplexity"] is None:
         return f"{table}\n\nNo perplexity was measured."
     part = (

@@ -6,6 +6,7 @@ by name (`meta`), because the page paints them for light or dark.
 
 import html
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,15 @@ from losa.errors import LosaError
 from losa.story import NAMES, Story
 
 Table = list[Sequence[Any]]
+SYMBOLS = {
+    "dense": "diamond",
+    "as it came": "diamond",
+    "fine-tuned": "square",
+    "pruned": "x",
+    "recovered": "circle",
+}
+GREY = 7  # among the page's colours
+DOTS = 60  # so many updates and fewer have a dot each: a step may have but one, which makes no line
 PHASES = {  # as they come; what each takes part in
     "reading": "reading data",
     "loading": "loading the model",
@@ -53,25 +63,34 @@ def pictures(stories: list[Story]) -> list[list[Picture]]:
 def training(stories: list[Story]) -> Picture | None:
     """Loss of every update; perplexity after every pruning and every recovery."""
     go, subplots = _plotly()
-    figure = subplots.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07, row_heights=[0.55, 0.45])
+    by_update = all(story.updates for story in stories)  # else by step: without updates, all would lie at none
+    walks = [_walk(story, by_update) for story in stories]
+    learned, walked, several = any(story.updates for story in stories), any(walks), len(stories) > 1
+    if not learned and not walked:
+        return None
+    panels = learned + walked
+    figure = subplots.make_subplots(
+        rows=panels,
+        cols=1,
+        shared_xaxes=by_update,
+        vertical_spacing=0.07 if by_update else 0.2,
+        row_heights=[0.55, 0.45] if panels == 2 else [1],
+    )
     rows: Table = []
-    for number, story in enumerate(stories):
+    for number, (story, points) in enumerate(zip(stories, walks, strict=True)):
         starts, end = _starts(story)
-        named = {"dense": 0, "finetuned": starts[1], "before": 0}
-        points = [
-            (named[name], NAMES[name], found.get("sample_perplexity"))
-            for name, found in story.measurements.items()
-            if name in NAMES
-        ]
-        for record in story.history:
-            at, found = starts.get(record["step"], end), record["perplexity"]
-            points.append((at, f"pruned, step {record['step']}", found.get("pruned")))
-            if "recovered" in found:
-                done = starts.get(record["step"] + 1, end)
-                points.append((done, f"recovered, step {record['step']}", found["recovered"]))
-        points = [point for point in points if point[2] is not None]
-        places = [starts[update["step"]] + update["update"] for update in story.updates]
-        losses = [update["loss"] for update in story.updates]
+        # a line a step: what is pruned between two of them makes the loss jump
+        places: list[int] = []
+        losses: list[float | None] = []
+        means: list[float | None] = []
+        for step, made in itertools.groupby(story.updates, lambda update: update["step"]):
+            updates = list(made)
+            if losses:
+                places, losses, means = [*places, places[-1]], [*losses, None], [*means, None]
+            found = [update["loss"] for update in updates]
+            places += [starts[step] + update["update"] for update in updates]
+            losses += found
+            means += _smoothed(found)
         look = _look(number, stories)
         if losses:
             legend = {"legendgroup": f"run {number}", "name": _label(story.name)}
@@ -81,20 +100,18 @@ def training(stories: list[Story]) -> Picture | None:
                 "hovertemplate": "update %{x}: %{y:.3f}" + _extra(stories),
                 "showlegend": False,
             }
-            figure.add_trace(go.Scatter(x=places, y=losses, mode="lines", meta=look, **thin, **legend), row=1, col=1)
+            dots = {"mode": "lines" if len(losses) > DOTS else "lines+markers", "marker": {"size": 4}}
+            figure.add_trace(go.Scatter(x=places, y=losses, meta=look, **dots, **thin, **legend), row=1, col=1)
             smooth = {
                 "line": {"width": 2.5},
                 "hovertemplate": "mean around update %{x}: %{y:.3f}" + _extra(stories),
             }
-            several = len(stories) > 1
             figure.add_trace(
-                go.Scatter(
-                    x=places, y=_smoothed(losses), mode="lines", meta=look, showlegend=several, **smooth, **legend
-                ),
+                go.Scatter(x=places, y=means, mode="lines", meta=look, showlegend=several, **smooth, **legend),
                 row=1,
                 col=1,
             )
-        if len(points) > 1:
+        if points:
             x, names, y = zip(*points, strict=True)
             figure.add_trace(
                 go.Scatter(
@@ -103,29 +120,44 @@ def training(stories: list[Story]) -> Picture | None:
                     text=names,
                     mode="lines+markers",
                     meta=look,
-                    showlegend=not losses and len(stories) > 1,
+                    showlegend=not losses and several,
                     name=_label(story.name),
                     hovertemplate="%{text}: %{y:.2f}" + _extra(stories),
-                    marker={"size": 7},
+                    marker={"size": 9, "symbol": [SYMBOLS[_kind(name)] for name in names]},
                 ),
-                row=2,
+                row=panels,
                 col=1,
             )
-        for update, x_ in zip(story.updates, places, strict=True):
-            rows.append((story.name, x_, f"step {update['step']}", "loss", update["loss"]))
+        for update in story.updates:
+            place = starts[update["step"]] + update["update"]
+            rows.append((story.name, place, f"step {update['step']}", "loss", update["loss"]))
         rows += [(story.name, x_, name, "perplexity", value) for x_, name, value in points]
-        if len(stories) == 1:
+        if not several:
             for record in story.history:
-                _boundary(figure, starts.get(record["step"], end), record["mean_sparsity"])
-    if not rows:
-        return None
-    figure.update_yaxes(title_text="loss (nats a token)", row=1, col=1)
-    figure.update_yaxes(title_text="perplexity", row=2, col=1)
-    figure.update_xaxes(title_text="updates of recovery", row=2, col=1)
-    note = "Loss of every update and its running mean; perplexity after every pruning and every recovery"
-    note += ". The model was pruned to the share shown at the dotted lines." if len(stories) == 1 else "."
-    columns = ["run", "update", "when", "what", "value"]
-    return _picture("training", "Loss and perplexity", note, figure, columns, rows, height=480)
+                at = starts.get(record["step"], end) if by_update else record["step"]
+                _boundary(figure, at, record["mean_sparsity"])
+    for kind in dict.fromkeys(_kind(name) for points in walks for _, name, _ in points):
+        key: dict[str, Any] = {"mode": "markers", "marker": {"size": 9, "symbol": SYMBOLS[kind]}, "legend": "legend2"}
+        look = {"color": GREY} if several else _look(0, stories)
+        figure.add_trace(go.Scatter(x=[None], y=[None], name=kind, meta=look, **key), row=panels, col=1)
+    told = []
+    if learned:
+        told.append("loss of every update (thick: its mean with its neighbours in the same step)")
+        figure.update_yaxes(title_text="loss (nats a token)", row=1, col=1)
+        if not (walked and by_update):  # else the axis below is this one's, too
+            figure.update_xaxes(title_text="updates of recovery", row=1, col=1)
+    if walked:
+        told.append("perplexity after every pruning and every recovery")
+        figure.update_yaxes(title_text="perplexity", row=panels, col=1)
+        axis = {"title_text": "updates of recovery"} if by_update else {"title_text": "step", "dtick": 1}
+        figure.update_xaxes(**axis, row=panels, col=1)
+    note = "; ".join(told) + "."
+    if not several:
+        note += " The model was pruned to the share shown at the dotted lines."
+    title = " and ".join(["Loss"] * learned + ["perplexity"] * walked)
+    columns = ["run", "update" if by_update else "update or step" if learned else "step", "when", "what", "value"]
+    height = 510 if panels == 2 else 350
+    return _picture("training", _upper(title), _upper(note), figure, columns, rows, height)
 
 
 def sparsity(stories: list[Story]) -> Picture | None:
@@ -358,33 +390,38 @@ def _lines(
 ) -> Picture | None:
     """A line a step over the blocks; of several runs, a line each, of the last step."""
     go, _ = _plotly()
-    figure, longest = go.Figure(), 0
-    rows: Table = []
+    figure, several = go.Figure(), len(stories) > 1
+    lines: list[tuple[str, dict[str, Any], str, list[Any]]] = []
     for number, story in enumerate(stories):
-        lines = sorted(of(story).items())
-        for step, values in lines if len(stories) == 1 else lines[-1:]:
-            named = story.name if len(stories) > 1 else str(step)
-            look = _look(number, stories) if len(stories) > 1 else {"shade": step / max(1, len(lines))}
-            where = "block %{x}: %{y:.4g}" + ("" if len(stories) > 1 else f"<extra>step {step}</extra>")
-            figure.add_trace(
-                go.Scatter(
-                    x=list(range(len(values))),
-                    y=values,
-                    name=_label(named),
-                    mode="lines+markers",
-                    meta=look,
-                    marker={"size": 6 if len(values) <= 48 else 3},
-                    hovertemplate=where,
-                )
-            )
-            rows += [(named, block, value) for block, value in enumerate(values)]
-            longest = max(longest, len(values))
-    if not rows:
+        found = sorted(of(story).items())
+        for step, values in found[-1:] if several else found:
+            look = _look(number, stories) if several else {"shade": step / max(1, len(found))}
+            where = "block %{x}: %{y:.4g}" + ("" if several else f"<extra>step {step}</extra>")
+            lines.append((story.name if several else str(step), look, where, values))
+    if not lines:
         return None
+    longest = max(len(values) for *_, values in lines)
+    wide = _wider([values for *_, values in lines])
+    if any(wide):
+        note += "; of lines that coincide, the earlier is wider"
+    for (named, look, where, values), wider in zip(lines, wide, strict=True):
+        figure.add_trace(
+            go.Scatter(
+                x=list(range(len(values))),
+                y=values,
+                name=_label(named),
+                mode="lines+markers",
+                meta=look,
+                line={"width": 2 + wider},
+                marker={"size": (6 if len(values) <= 48 else 3) + wider},
+                hovertemplate=where,
+            )
+        )
+    rows: Table = [(named, block, value) for named, _, _, values in lines for block, value in enumerate(values)]
     figure.update_xaxes(title_text=axes[0], dtick=_tick(longest), range=[-0.4, longest - 0.6])
     figure.update_yaxes(title_text=axes[1], zeroline=zero)
-    figure.update_layout(legend_title_text="step" if len(stories) == 1 else None)
-    columns = ["run" if len(stories) > 1 else "step", "block", axes[1]]
+    figure.update_layout(legend_title_text=None if several else "step")
+    columns = ["run" if several else "step", "block", axes[1]]
     return _picture(id_, title, note + ".", figure, columns, rows)
 
 
@@ -403,6 +440,46 @@ def _picture(
     return Picture(id_, title, note, figure.to_plotly_json(), columns, rows)
 
 
+def _walk(story: Story, by_update: bool) -> list[tuple[int, str, float]]:
+    """Perplexities as they came: (place, what it is of, value), places by update or by step; none if there is but one."""
+    starts, end = _starts(story)
+    named = {"dense": 0, "finetuned": starts[1] if by_update else 0, "before": 0}
+    points = [
+        (named[name], NAMES[name], found.get("sample_perplexity"))
+        for name, found in story.measurements.items()
+        if name in NAMES
+    ]
+    for record in story.history:
+        step, found = record["step"], record["perplexity"]
+        points.append((starts.get(step, end) if by_update else step, f"pruned, step {step}", found.get("pruned")))
+        if "recovered" in found:
+            done = starts.get(step + 1, end) if by_update else step
+            points.append((done, f"recovered, step {step}", found["recovered"]))
+    points = [point for point in points if point[2] is not None]
+    return points if len(points) > 1 else []
+
+
+def _wider(lines: list[list[float]]) -> list[float]:
+    """How much wider each line is drawn than the last one, so that it shows under those that later run along it."""
+    every = [value for values in lines for value in values]
+    near = 0.02 * (max(every) - min(every))
+
+    def along(one: list[float], other: list[float]) -> bool:
+        close = [abs(a - b) <= near for a, b in zip(one, other, strict=False)]
+        return any(map(all, itertools.pairwise(close))) or close == [True]
+
+    under: list[int] = []  # how many lie on each, one on another
+    for number, values in reversed(list(enumerate(lines))):
+        over = [count for later, count in zip(lines[number + 1 :], under, strict=True) if along(values, later)]
+        under.insert(0, max(over) + 1 if over else 0)
+    return [min(4, 10 / max(1, *under)) * count for count in under]
+
+
+def _kind(name: str) -> str:
+    """pruned, of "pruned, step 2"."""
+    return name.partition(",")[0]
+
+
 def _starts(story: Story) -> tuple[dict[int, int], int]:
     """How many updates were made before each step, and in all."""
     starts, made = {}, 0
@@ -415,13 +492,14 @@ def _starts(story: Story) -> tuple[dict[int, int], int]:
 
 def _boundary(figure: Any, at: int, reached: float) -> None:
     figure.add_vline(x=at, line={"width": 1, "dash": "dot"})
+    text = f"{reached:.1%}".replace(".0%", "%")
     figure.add_annotation(
-        x=at, xref="x", y=1, yref="paper", yanchor="bottom", xanchor="center", showarrow=False, text=f"{reached:.0%}"
+        x=at, xref="x", y=1, yref="paper", yanchor="bottom", xanchor="center", showarrow=False, text=text
     )
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """The mean of each and its neighbours, a twentieth of them all."""
+    """The mean of each and its neighbours on both sides, a twentieth of them all."""
     half = max(1, len(values) // 40)
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - half) : i + half + 1])]
 
@@ -446,6 +524,10 @@ def _percent(values: list[float]) -> list[float]:
 
 def _tick(count: int) -> int:
     return next(step for step in (1, 2, 4, 8, 16, 32, count) if count <= 16 * step)
+
+
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _label(text: str) -> str:

@@ -62,7 +62,7 @@ def render(stories: list[Story]) -> str:
         made=time.strftime("%-d %B %Y, %H:%M"),
         title=_title(one) if one else f"{len(stories)} runs compared",
         headline=_headline(one) if one else _comparison(stories),
-        explained=_explained(one) if one else [f"{s.name}: {_method(s)}." for s in stories],
+        explained=_explained(one) if one else _methods(stories),
         states=[state for s in stories if (state := _state(s, len(stories) > 1))],
         tiles=_tiles(one) if one else [],
         verdict=_verdict(stories),
@@ -151,6 +151,14 @@ def _comparison(stories: list[Story]) -> str:
     return f"{best} ends lowest: perplexity {number(low)}, where it began at {number(stories[0].first['perplexity'])}."
 
 
+def _methods(stories: list[Story]) -> list[str]:
+    """Of each run; once, if all are alike: where they differ is in the settings that differ."""
+    methods = [_method(s) for s in stories]
+    if len(set(methods)) > 1:
+        return [f"{s.name}: {method}." for s, method in zip(stories, methods, strict=True)]
+    return [f"{'Both' if len(stories) == 2 else 'All'}: {methods[0]}."]
+
+
 def _explained(s: Story) -> list[str]:
     """The method, and what the latest recovery won back, on the same tokens."""
     lines = [f"{_method(s)[0].upper()}{_method(s)[1:]}."] if s.measurements.get("sparse") else []
@@ -177,10 +185,13 @@ def _state(s: Story, named: bool) -> dict[str, str] | None:
     who = f"{s.name}: this run" if named else "This run"
     at = ""
     if s.now:
-        step = f"step {s.now['step']} of {s.recipe['steps']}, " if "step" in s.now else ""
+        step = f"step {s.now['step']} of {s.recipe['steps']}, " if s.now.get("step") else ""  # 0: fine-tuned first
         at = f" at {step}{PHASES.get(s.now['phase'], s.now['phase'])}"
+        if "update" in s.now:
+            at += f", update {s.now['update']} of {s.now['of']}"
     if s.status == "going":
-        return {"text": f"{who} is going on,{at}. The page shows what was there at {_clock(s.ended)}.", "command": ""}
+        what = f"{who} is going on{',' if at else ''}{at}. The page shows what was there at {_clock(s.ended)}."
+        return {"text": what, "command": ""}
     command = shlex.join(["losa", s.command, s.source, "--output", str(s.folder.resolve()), "--resume"])
     return {"text": f"{who} was cut short{at}, {_clock(s.ended)}. It goes on with", "command": command}
 
@@ -261,16 +272,31 @@ def _footnotes(stories: list[Story]) -> list[str]:
             "The sample is the part of the evaluation text, spread over it, on which every step is measured "
             "(eval_step_tokens)."
         )
-    if any(row.name.startswith("pruned, step") and s.recipe["steps"] > 1 for s in stories for row in s.verdict()):
+    repaired = [s for s in stories if s.history and s.history[-1]["step"] > 1 and s.recipe["recovery"] != "none"]
+    if any(row.name.startswith("pruned, step") for s in repaired for row in s.verdict()):
         notes.append(
             "The pruned model of the last step is one that the steps before it have repaired: what pruning alone costs is "
             "another run (--recovery none --steps 1), and both can be compared here."
         )
     for s in stories:
-        sparse = s.measurements.get("sparse", {})
-        if "dense" in s.measurements and sparse and sparse.get("size") == s.measurements["dense"].get("size"):
-            who = f"{s.name}: zeros" if len(stories) > 1 else "Zeros"
-            notes.append(f"{who} are stored like other weights, so that size and speed are the dense model's.")
+        if s.exported:
+            came = Path(s.exported["from"]).resolve().name
+            who = f"{s.name} was e" if len(stories) > 1 else "E"
+            notes.append(
+                f"{who}xported from {came} in {s.exported['format']} form; all but this form's size and speed was measured "
+                "before."
+            )
+    whole = [
+        s
+        for s in stories
+        if {"dense", "sparse"} <= s.measurements.keys()
+        and s.measurements["sparse"].get("size") == s.measurements["dense"].get("size")
+    ]
+    if whole:
+        who = "Zeros" if len(whole) == len(stories) else f"{', '.join(s.name for s in whole)}: zeros"
+        timed = any("tokens_per_second" in s.measurements["sparse"] for s in whole)
+        alike = "size is" if timed else "size and speed are"
+        notes.append(f"{who} are stored like other weights, so that {alike} the dense model's.")
     return notes
 
 
@@ -315,11 +341,12 @@ def _samples(stories: list[Story]) -> list[dict[str, Any]]:
 def _recipe(stories: list[Story]) -> dict[str, Any]:
     """Of one run, what differs from losa's defaults; of several, what differs between them."""
     names = list(dict.fromkeys(name for s in stories for name in s.recipe))
-    every = [[name, *(_value(s.recipe.get(name)) for s in stories)] for name in names]
+    every = [[name, *(_setting(s, name) for s in stories)] for name in names]
     if len(stories) == 1:
         usual = {f.name: _value(value) for f, value in zip(dataclasses.fields(Recipe), _defaults(), strict=True)}
         rows = [row for row in every if row[1] != usual.get(row[0])]
-        title, note = "Recipe", "What differs from losa's defaults."
+        title, note = "Recipe", "What differs from losa's defaults"
+        note += ", and the learning rate that was found." if stories[0].rates else "."
     else:
         rows = [row for row in every if len(set(row[1:])) > 1]
         title, note = "What differs", "Settings in which the runs differ." if rows else "No setting differs."
@@ -330,6 +357,12 @@ def _recipe(stories: list[Story]) -> dict[str, Any]:
         "all": every,
         "columns": ["setting", *(s.name for s in stories)],
     }
+
+
+def _setting(s: Story, name: str) -> str:
+    """As it was asked for; the learning rate that was asked to be found, with what was found."""
+    value = _value(s.recipe.get(name))
+    return f"{value}: {' and '.join(f'{rate:g}' for rate in s.rates)}" if name == "learning_rate" and s.rates else value
 
 
 def _defaults() -> list[Any]:

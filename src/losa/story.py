@@ -41,6 +41,7 @@ class Story:
     phases: list[dict[str, Any]] = field(default_factory=list)
     evidence: dict[int, dict[str, Any]] = field(default_factory=dict)  # what rates were made from, by step
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the model before and after
+    exported: dict[str, str] = field(default_factory=dict)  # from where and in what form, by losa export
     machine: dict[str, Any] = field(default_factory=dict)
     now: dict[str, Any] | None = None  # the phase under way, or that was
     began: float | None = None  # seconds since 1970
@@ -66,6 +67,11 @@ class Story:
     def first(self) -> dict[str, Any]:
         """What was measured of the model as it came: dense, or pruned already."""
         return next(iter(self.measurements.values()), {})
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates that trials found; none where one was named."""
+        return sorted({record["learning_rate"] for record in self.history if "learning_rate" in record})
 
     @property
     def sampled(self) -> bool:
@@ -117,6 +123,7 @@ def read(folder: Path) -> Story:
             versions=told["versions"],
             measurements=told.get("measurements", {}),
             history=told.get("history", []),
+            exported=told.get("exported", {}),
         )
         _read_log(story, folder / "run" / "log.jsonl")
         story.verdict()
@@ -164,5 +171,7 @@ def _read_log(story: Story, path: Path) -> None:
             history[event["step"]] = event
         elif kind == "update":
             updates[event["step"], event["update"]] = event
+            if story.now:
+                story.now = story.now | {"update": event["update"], "of": event["of"]}
     story.history = story.history or [history[step] for step in sorted(history)]
     story.updates = [updates[key] for key in sorted(updates)]

@@ -45,22 +45,27 @@ function painted(figure, theme) {
     if (axis.title) axis.title = { ...axis.title, font: { color: theme.muted, size: 12 }, standoff: 8 };
   }
   for (const shape of layout.shapes ?? []) shape.line.color = theme.muted;
-  for (const text of layout.annotations ?? []) text.font = { color: theme.muted, size: 11 };
+  for (const text of layout.annotations ?? []) text.font = { color: theme.muted, size: narrow.matches ? 9 : 11 };
   for (const slider of layout.sliders ?? []) {
     Object.assign(slider, {
       bgcolor: theme.grid, activebgcolor: theme.muted, bordercolor: theme.grid, tickcolor: theme.muted, ticklen: 4,
       font: { color: theme.muted, size: 12 }, currentvalue: { visible: false },
     });
   }
+  const legend = { orientation: "h", x: 0, xanchor: "left", traceorder: "normal", font: { color: theme.ink } };
+  const below = data.some((trace) => trace.legend === "legend2");  // what markers mean
   return [data, {
     ...layout,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: FAMILY, size: 12.5, color: theme.ink },
-    margin: { l: 52, r: 14, t: 52, b: 44 },  // the buttons are above the legend
+    margin: { l: 52, r: 14, t: 52, b: below ? 74 : 44 },  // the buttons are above the legend
     legend: {
-      ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", traceorder: "normal",
-      font: { color: theme.ink },
+      ...layout.legend, ...legend, y: 1, yanchor: "bottom",
+      title: { ...layout.legend?.title, font: { color: theme.ink, size: 12.5 } },  // plotly's is larger than its entries
     },
+    ...(below && { legend2: {
+      ...legend, yref: "container", y: 0, yanchor: "bottom", itemclick: false, itemdoubleclick: false,
+    } }),
     hoverlabel: { bgcolor: theme.back, bordercolor: theme.muted, font: { family: FAMILY, color: theme.ink } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: theme.muted, activecolor: theme.ink },
     dragmode: narrow.matches ? false : "zoom",  // on a phone, a finger on a picture scrolls the page

@@ -85,7 +85,8 @@ def convert(
             writer.save(kept, MASKS, {"losa": str(FORMAT)})
         _copy_rest(source, staging, describe(made) if made else None)
         what = {"from": str(folder), "format": form, "values": values}
-        _note(staging, source, told, what, OURS if made else PLAIN)
+        sizes = {"size": writer.total, "disk": weight_bytes(staging)}
+        _note(staging, source, told, what, sizes, OURS if made else PLAIN)
     return {
         "output": str(output),
         "linears": len(linears),
@@ -226,16 +227,22 @@ def _told(source: Path) -> dict[str, Any] | None:
     told = read_made(path, any_format=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _note(Path(folder), source, told, {"from": "", "format": "dense", "values": "auto"}, PLAIN)
+            _note(Path(folder), source, told, {"from": "", "format": "dense", "values": "auto"}, {"size": 0}, PLAIN)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise damaged(path, error) from None
     return told
 
 
-def _note(target: Path, source: Path, told: dict[str, Any] | None, what: dict[str, str], loads: str) -> None:
-    """Say in losa.json, if there is one, that what it tells was of the model before this; and a card of its own."""
+def _note(
+    target: Path, source: Path, told: dict[str, Any] | None, what: dict[str, str], sizes: dict[str, int], loads: str
+) -> None:
+    """Say in losa.json, if there is one, that what it tells was of the model before this, all but sizes; and a card of its own."""
     if told is not None:
         made = told | {"exported": what}
+        if made["format"] == FORMAT:
+            # its speed was the other form's
+            measured = {k: value for k, value in made["measurements"]["sparse"].items() if k != "tokens_per_second"}
+            made["measurements"] = made["measurements"] | {"sparse": measured | sizes}
         write_json(target / "losa.json", made)
         if made["format"] == FORMAT:
             shown = made | {"recipe": made["recipe"] | {"format": what["format"], "values": what["values"]}}
