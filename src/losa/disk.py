@@ -184,7 +184,7 @@ class OnDisk:
         """The model that waits for its weights; what is missing or odd is found now."""
         from transformers import GenerationConfig
 
-        shapes = {}
+        shapes: dict[str, list[int]] = {}
         for path, keys in self._files.items():
             with open_file(path) as file:
                 shapes |= {key: file.get_slice(key).get_shape() for key in keys}
