@@ -31,7 +31,7 @@ def told(made: tuple[int, ...] = (2, 3), pruned: int = 2, name: str = "run", **f
         status="finished",
         source="model",
         command="compress",
-        recipe={"steps": 2, "rank_by": "error", "recovery": "losa"},
+        recipe={"steps": max(len(made), pruned), "rank_by": "error", "recovery": "losa"},
         versions={},
         measurements={"dense": {"perplexity": 9.0, "sample_perplexity": 10.0}},
         history=history,
