@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from conftest import Killed, changed, files, save_tiny, tiny, tokenizer
 from safetensors.torch import load_file
 
 import losa
-from losa import model
+from losa import inspection, model
 from losa import run as runs
+from losa.cli import main
 from losa.errors import LosaError
 from losa.inspection import inspect
 from losa.progress import Progress
@@ -295,3 +297,19 @@ def test_a_model_that_others_quantised_is_refused(loaded: bool, tmp_path: Path, 
     for recipe, work in ((brief, losa.compress), (Repair(), losa.recover)):
         with pytest.raises(LosaError, match=rf"is quantised \({'bitsandbytes' if loaded else 'fp8'}\): name the model"):
             work(model if loaded else source, recipe, tokenizer=tokenizer())
+
+
+def test_too_little_room_on_the_disk_is_said_before(
+    llama: Path, brief: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not refused: what is written is foretold, about, and --resume goes on once there is room."""
+    out = tmp_path / "new" / "out"
+    needed = inspection.plan(str(llama), brief)["disk"]
+    (tmp_path / "brief.json").write_text(json.dumps(brief.to_json()))
+    plan = ["compress", str(llama), "--output", str(out), "--overwrite", "--dry-run", "--recipe"]
+    for free, said in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free, total=2**40))
+        losa.compress(str(llama), brief, out, overwrite=True, progress=Progress())
+        assert ("the disk may not suffice: about " in capsys.readouterr().err) == said
+        assert main([*plan, str(tmp_path / "brief.json")]) == 0
+        assert (f"will be written to '{out}'" in capsys.readouterr().out) == said

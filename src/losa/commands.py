@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace, settings: recipe.Recipe, start: Any, plan: An
         check(args.model, settings, args.output, args.overwrite, args.resume)
         planned: dict[str, Any] = plan(args.model, settings)
         if not args.json:
-            _print_plan(planned, settings)
+            _print_plan(planned, settings, args.output)
         return planned
     result = start(
         args.model, settings, args.output, resume=args.resume, overwrite=args.overwrite, progress=_progress(args)
@@ -142,7 +142,9 @@ def _progress(args: argparse.Namespace) -> Any:
     return Progress(quiet=args.quiet or args.json)
 
 
-def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
+def _print_plan(planned: dict[str, Any], settings: recipe.Recipe, output: Path | None) -> None:
+    from losa.run import short_of_room
+
     print(f"{planned['model']}: {planned['parameters']:,} parameters in {planned['dtype']} on {planned['device']}")
     print(
         f"{planned['blocks']} blocks, {planned['prunable']:,} prunable weights, about {planned['kept']:,} of them kept"
@@ -165,6 +167,8 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
     )
     if planned["shortage"]:
         print(planned["shortage"])
+    if output is not None and (short := short_of_room(output, planned["disk"])):
+        print(short)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

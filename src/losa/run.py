@@ -35,6 +35,7 @@ from losa import distributed
 from losa.errors import LosaError
 from losa.progress import Progress
 from losa.recipe import Recipe
+from losa.units import size
 from losa.usage import Usage
 
 T = TypeVar("T")
@@ -263,6 +264,11 @@ class Run:
     def say(self, line: str) -> None:
         self.progress.say(line)
 
+    def say_if(self, line: str) -> None:
+        """What need not be said where it is empty."""
+        if line:
+            self.say(line)
+
 
 def versions() -> dict[str, str]:
     """Of what decides the result's bytes."""
@@ -290,9 +296,23 @@ def check_output(output: Path, overwrite: bool = False) -> None:
             raise LosaError(f"output {str(output)!r} exists and is no run of losa: name another folder")
         if not overwrite:
             raise LosaError(f"output {str(output)!r} holds a run: --resume goes on with it, --overwrite replaces it")
-    parent = next(p for p in [output, *output.absolute().parents] if p.is_dir())
+    parent = _nearest(output)
     if not os.access(parent, os.W_OK):
         raise LosaError(f"output {str(output)!r} cannot be written: no permission in {str(parent)!r}")
+
+
+def short_of_room(output: Path, needed: int) -> str:
+    """What to say where the disk of `output` has less room than `needed`, about, in bytes; empty if it has enough."""
+    there = shutil.disk_usage(_nearest(output))
+    if needed <= there.free or not there.total:  # not a disk at all, as /proc
+        return ""
+    what = f"about {size(needed)} will be written to {str(output)!r}, {size(there.free)} are free there"
+    return f"the disk may not suffice: {what}"
+
+
+def _nearest(output: Path) -> Path:
+    """It, or the nearest folder above it that is there."""
+    return next(path for path in [output, *output.absolute().parents] if path.is_dir())
 
 
 def read_recipe(output: Path) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from losa import data, disk, distributed, memory, model, registry, usage
+from losa import data, disk, distributed, inspection, memory, model, registry, usage
 from losa.blocks import Subject, subject_of
 from losa.errors import LosaError
 from losa.inputs import Inputs, check, fingerprint, read
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.recovery.distillation import check_vocabulary
-from losa.run import Run, code, read_made, versions
+from losa.run import Run, code, read_made, short_of_room, versions
 from losa.units import dtype_name
 
 
@@ -97,8 +97,9 @@ def _start(
             if run.finished:
                 return finished(run, recipe, tokenizer)
         way = memory.choose(source, recipe, config, output is not None, run.from_disk)
-        if way.shortage:
-            run.say(way.shortage)
+        run.say_if(way.shortage)
+        if isinstance(source, str) and output is not None and not resume:
+            run.say_if(short_of_room(output, inspection.plan(source, recipe)["disk"]))
         with run.phase("reading"):
             inputs = read(recipe, tokenizer, config)
             settled = with_rows(recipe, len(inputs.examples))
