@@ -444,7 +444,7 @@ def _walk(story: Story, by_update: bool) -> list[tuple[int, str, float]]:
     """Perplexities as they came: (place, what it is of, value), places by update or by step; none if there is but one."""
     starts, end = _starts(story)
     named = {"dense": 0, "finetuned": starts[1] if by_update else 0, "before": 0}
-    points = [
+    points: list[tuple[int, str, Any]] = [
         (named[name], NAMES[name], found.get("sample_perplexity"))
         for name, found in story.measurements.items()
         if name in NAMES
