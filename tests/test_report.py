@@ -211,7 +211,8 @@ def test_a_run_cut_short(saves: int, llama: Path, small: Recipe, tmp_path: Path)
     told = story.read(out)
     assert told.status == "cut short" and len(told.history) == (saves > 1) + (saves > 5) and told.unread == 1
     page = report([out]).read_text()
-    assert "was cut short" in page and f"--output {out} --resume" in page
+    assert "was cut short" in page and f"It goes on in {Path.cwd()} with" in page
+    assert f"--output {out} --resume" in page
     assert ("ranks" in figures(page)) == ("training" in figures(page)) == (saves > 1)
     assert ("the steps before it have repaired" in page) == (saves > 5)
     assert ("recovery, update 1 of 2" in page) == (saves == 3)

@@ -6,7 +6,7 @@ from typing import Any
 from losa.checkpoint import MASKS
 from losa.errors import LosaError
 from losa.sources import SOURCES, Hub, place_of
-from losa.units import size
+from losa.units import number, size
 
 LICENSE = ("license", "license_name", "license_link")
 
@@ -160,7 +160,7 @@ def _measured(made: dict[str, Any]) -> str:
     told = [found for found in measurements.values()]
     sparse = measurements["sparse"]
     if sparse["perplexity"] is not None:
-        rows.append(["perplexity", *(f"{found['perplexity']:.4g}" for found in told)])
+        rows.append(["perplexity", *(number(found["perplexity"]) for found in told)])
     rows.append(["weights gone", *(f"{found.get('sparsity', 0):.1%}" for found in told)])
     rows.append(["size in memory", *(size(found["size"]) for found in told)])
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -193,7 +193,8 @@ def _state(s: Story, named: bool) -> dict[str, str] | None:
         what = f"{who} is going on{',' if at else ''}{at}. The page shows what was there at {_clock(s.ended)}."
         return {"text": what, "command": ""}
     command = shlex.join(["losa", s.command, s.source, "--output", str(s.folder.resolve()), "--resume"])
-    return {"text": f"{who} was cut short{at}, {_clock(s.ended)}. It goes on with", "command": command}
+    there = f" in {s.begun_in}" if s.begun_in else ""  # what names of files are relative to
+    return {"text": f"{who} was cut short{at}, {_clock(s.ended)}. It goes on{there} with", "command": command}
 
 
 def _clock(when: float | None) -> str:

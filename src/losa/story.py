@@ -42,6 +42,7 @@ class Story:
     evidence: dict[int, dict[str, Any]] = field(default_factory=dict)  # what rates were made from, by step
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the model before and after
     exported: dict[str, str] = field(default_factory=dict)  # from where and in what form, by losa export
+    begun_in: str = ""  # the folder that the names of its files are relative to; known until it has finished
     machine: dict[str, Any] = field(default_factory=dict)
     now: dict[str, Any] | None = None  # the phase under way, or that was
     began: float | None = None  # seconds since 1970
@@ -124,6 +125,7 @@ def read(folder: Path) -> Story:
             measurements=told.get("measurements", {}),
             history=told.get("history", []),
             exported=told.get("exported", {}),
+            begun_in=told.get("folder", ""),
         )
         _read_log(story, folder / "run" / "log.jsonl")
         story.verdict()
