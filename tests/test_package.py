@@ -1,5 +1,6 @@
 """What is built for others holds all that losa needs, and runs without the repository."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,3 +62,46 @@ def test_wheel_runs_alone(wheel: Path, tmp_path: Path) -> None:
     where = "import losa; print(losa.__file__)"
     done = subprocess.run([sys.executable, "-c", where], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(str(tmp_path))
+
+
+def needed(name: str, found: dict[str, importlib.metadata.Distribution]) -> None:
+    """Add a distribution, and what it cannot be installed without, to `found`."""
+    if canonicalize_name(name) in found:
+        return
+    found[canonicalize_name(name)] = of = importlib.metadata.distribution(name)
+    for line in of.requires or ():
+        wanted = Requirement(line)
+        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+            needed(wanted.name, found)
+
+
+def test_works_with_what_it_depends_on_alone(llama: Path, text: Path, tmp_path: Path) -> None:
+    """The development tools bring packages along that nothing else does."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    needed("losa", found)
+    del found["losa"]  # from the source, below
+    assert "accelerate" in found and not {"pytest", "peft", "plotly"} & found.keys()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for of in found.values():
+        for top in {path.parts[0] for path in of.files or () if path.parts[0] != ".."}:
+            if not (alone / top).exists():
+                (alone / top).symlink_to(Path(str(of.locate_file(top))).resolve())
+    short = ["--steps", "1", "--calibration-samples", "2", "--sequence-length", "16", "--sample-tokens", "0"]
+    commands = [
+        ["compress", llama, "--output", "one", "--calibration", text, "--recovery", "none", "--memory", "2GB", *short],
+        ["export", "one", "--output", "packed", "--format", "packed"],
+        ["export", "packed", "--output", "dense", "--format", "dense"],
+        ["inspect", "packed"],
+        ["generate", "packed", "--prompt", "import", "--max-new-tokens", "2"],
+        ["evaluate", "dense", "--data", text, "--tokens", "64"],
+    ]
+    code = "import sys\nfrom losa.cli import main\nfor one in eval(sys.argv[1]):\n    assert main(one) == 0, one"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, repr([[str(part) for part in command] for command in commands])],
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{alone}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
