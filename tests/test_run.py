@@ -303,13 +303,22 @@ def test_too_little_room_on_the_disk_is_said_before(
     llama: Path, brief: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not refused: what is written is foretold, about, and --resume goes on once there is room."""
-    out = tmp_path / "new" / "out"
-    needed = inspection.plan(str(llama), brief)["disk"]
-    (tmp_path / "brief.json").write_text(json.dumps(brief.to_json()))
-    plan = ["compress", str(llama), "--output", str(out), "--overwrite", "--dry-run", "--recipe"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "import", "output": "this and that"}\n' * 12)
+    told = changed(brief, train_data=str(rows), train_samples=None, distill=0.5, teacher="cached")
+    needed = inspection.plan(str(llama), told.at(train_samples=12))["disk"]  # what is cached follows from the rows
     for free, said in ((needed, False), (needed - 1, True)):
+        out = tmp_path / f"{said}"
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free, total=2**40))
-        losa.compress(str(llama), brief, out, overwrite=True, progress=Progress())
-        assert ("the disk may not suffice: about " in capsys.readouterr().err) == said
-        assert main([*plan, str(tmp_path / "brief.json")]) == 0
-        assert (f"will be written to '{out}'" in capsys.readouterr().out) == said
+        losa.compress(str(llama), told, out, progress=Progress())
+        assert (f"will be written to '{out}'" in capsys.readouterr().err) == said
+        # what is overwritten makes room; what goes on has what it needs
+        losa.compress(str(llama), told, out, overwrite=True, progress=Progress())
+        losa.compress(str(llama), told, out, resume=True, progress=Progress())
+        assert "the disk may not suffice" not in capsys.readouterr().err
+    (tmp_path / "brief.json").write_text(json.dumps(brief.to_json()))
+    plan = ["compress", str(llama), "--dry-run", "--recipe", str(tmp_path / "brief.json"), "--output"]
+    for output, said in ((tmp_path / "new", True), (out, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1, total=2**40))
+        assert main([*plan, str(output), *([] if said else ["--resume"])]) == 0
+        assert (f"will be written to '{output}'" in capsys.readouterr().out) == said

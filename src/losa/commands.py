@@ -43,22 +43,21 @@ def _chosen(args: argparse.Namespace, kind: type[recipe.Recipe]) -> recipe.Recip
         kept = read_recipe(args.output)
         if (kept["command"] == "compress") != kind.prunes:
             raise LosaError(f"{args.output} was started by losa {kept['command']}: resume it with that")
-        _check_there(kept)
         made = recipe.from_settings(kept["recipe"] | given, kind)
+        _check_there(made, kept["folder"])
     else:
         made = recipe.load(args.recipe, given, kind)
     refuse_unread(made, given)
     return made
 
 
-def _check_there(kept: dict[str, Any]) -> None:
+def _check_there(made: recipe.Recipe, begun_in: str) -> None:
     """Raise LosaError for files of a run that were named from the folder it was begun in, and are not to be seen from here."""
-    for name in ("calibration", "train_data", "eval_data"):
-        path = Path(kept["recipe"].get(name) or ".")
-        if not path.exists() and (Path(kept["folder"]) / path).is_file():
-            raise LosaError(
-                f"{name} {str(path)!r} is in {kept['folder']}, where the run was begun: resume it from there"
-            )
+    read = {"calibration": made.prunes, "train_data": made.trains, "eval_data": True, "teacher_model": True}
+    for name in (name for name, is_read in read.items() if is_read):
+        path = Path(getattr(made, name) or ".")
+        if not path.exists() and (Path(begun_in) / path).exists() and str(path) != "demo":
+            raise LosaError(f"{name} {str(path)!r} is in {begun_in}, where the run was begun: resume it from there")
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,12 +69,15 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _run(args: argparse.Namespace, settings: recipe.Recipe, start: Any, plan: Any) -> dict[str, Any]:
     _quiet_libraries()
     from losa.inputs import check
+    from losa.run import short_of_room
 
     if args.dry_run:
         check(args.model, settings, args.output, args.overwrite, args.resume)
         planned: dict[str, Any] = plan(args.model, settings)
+        new = args.output is not None and not args.resume
+        planned["disk_shortage"] = short_of_room(args.output, planned["disk"]) if new else ""
         if not args.json:
-            _print_plan(planned, settings, args.output)
+            _print_plan(planned, settings)
         return planned
     result = start(
         args.model, settings, args.output, resume=args.resume, overwrite=args.overwrite, progress=_progress(args)
@@ -142,9 +144,7 @@ def _progress(args: argparse.Namespace) -> Any:
     return Progress(quiet=args.quiet or args.json)
 
 
-def _print_plan(planned: dict[str, Any], settings: recipe.Recipe, output: Path | None) -> None:
-    from losa.run import short_of_room
-
+def _print_plan(planned: dict[str, Any], settings: recipe.Recipe) -> None:
     print(f"{planned['model']}: {planned['parameters']:,} parameters in {planned['dtype']} on {planned['device']}")
     print(
         f"{planned['blocks']} blocks, {planned['prunable']:,} prunable weights, about {planned['kept']:,} of them kept"
@@ -167,8 +167,8 @@ def _print_plan(planned: dict[str, Any], settings: recipe.Recipe, output: Path |
     )
     if planned["shortage"]:
         print(planned["shortage"])
-    if output is not None and (short := short_of_room(output, planned["disk"])):
-        print(short)
+    if planned["disk_shortage"]:
+        print(planned["disk_shortage"])
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

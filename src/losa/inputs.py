@@ -91,9 +91,7 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
     beyond = {name: getattr(recipe, name) for name in lengths if lengths[name] and getattr(recipe, name) > limit}
     if beyond:
         long = " and ".join(f"{name} is {length}" for name, length in beyond.items())
-        raise LosaError(
-            f"{long}: the model reads at most {limit:g} tokens: lower {'them' if len(beyond) > 1 else 'it'}"
-        )
+        raise LosaError(f"{long}: the model reads at most {limit} tokens: lower {'them' if len(beyond) > 1 else 'it'}")
     return config
 
 
@@ -192,9 +190,10 @@ def _prompts(recipe: Recipe, tokenizer: Any, evaluation: Tensor | None, longest:
 
 
 def _whole_words(text: str) -> str:
-    """`text` without the words that its ends cut in two, from the beginning of a line if one begins in its first half."""
+    """`text` without the words that its ends may cut in two, from the beginning of a line if one begins in its first half."""
     rest = text.partition("\n" if "\n" in text[: len(text) // 2] else " ")[2]
-    return (rest.rsplit(None, 1) or [""])[0] or text
+    whole = rest if text[-1:].isspace() else (rest.rsplit(None, 1) or [""])[0]
+    return whole.rstrip() or text
 
 
 def fingerprint(subject: Subject, inputs: Inputs) -> dict[str, str]:

@@ -281,7 +281,7 @@ def _footnotes(stories: list[Story]) -> list[str]:
         )
     for s in stories:
         if s.exported:
-            came = Path(s.exported["from"]).resolve().name
+            came = Path(s.exported["from"]).name
             who = f"{s.name} was e" if len(stories) > 1 else "E"
             notes.append(
                 f"{who}xported from {came} in {s.exported['format']} form; all but this form's size and speed was measured "

@@ -249,7 +249,7 @@ class Run:
         where = {"phase": name} if step is None else {"phase": name, "step": step}
         self.log("begins", **where)
         of = f"{step}/{self.steps}" if self.steps else step
-        with self.progress.working(name if step is None else f"step {of}: {name}"), Usage() as usage:
+        with self.progress.working(f"step {of}: {name}" if step else name), Usage() as usage:  # 0: fine-tuned first
             yield
         self.log("phase", **where, **usage.found)
 
@@ -304,9 +304,10 @@ def check_output(output: Path, overwrite: bool = False) -> None:
 def short_of_room(output: Path, needed: int) -> str:
     """What to say where the disk of `output` has less room than `needed`, about, in bytes; empty if it has enough."""
     there = shutil.disk_usage(_nearest(output))
-    if needed <= there.free or not there.total:  # not a disk at all, as /proc
+    free = there.free + sum(path.stat().st_size for path in output.rglob("*") if path.is_file())  # what is overwritten
+    if needed <= free or not there.total:  # not a disk at all, as /proc
         return ""
-    what = f"about {size(needed)} will be written to {str(output)!r}, {size(there.free)} are free there"
+    what = f"about {size(needed)} will be written to {str(output)!r}, {size(free)} are free there"
     return f"the disk may not suffice: {what}"
 
 
@@ -325,8 +326,8 @@ def read_recipe(output: Path) -> dict[str, Any]:
         if kept["format"] != FORMAT:
             raise LosaError(f"{path} is of format {kept['format']}, this losa reads {FORMAT}: start a new run")
         names = ("command", "source", "recipe", "versions")
-        added = {"from_disk": False, "computed": {}, "folder": ""}
-        added = {name: kept.get(name, other) for name, other in added.items()}
+        added = {"from_disk": kept.get("from_disk", False), "computed": kept.get("computed", {})}
+        added["folder"] = str(kept.get("folder", ""))
         return added | {name: kept[name] for name in names}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise LosaError(f"{path} is damaged: start a new run in another folder, or with --overwrite") from None

@@ -98,11 +98,12 @@ def _start(
                 return finished(run, recipe, tokenizer)
         way = memory.choose(source, recipe, config, output is not None, run.from_disk)
         run.say_if(way.shortage)
-        if isinstance(source, str) and output is not None and not resume:
-            run.say_if(short_of_room(output, inspection.plan(source, recipe)["disk"]))
         with run.phase("reading"):
             inputs = read(recipe, tokenizer, config)
             settled = with_rows(recipe, len(inputs.examples))
+        if isinstance(source, str) and run.writes and not resume:
+            assert output is not None
+            run.say_if(short_of_room(output, inspection.plan(source, settled)["disk"]))
         with run.phase("loading"):
             if way.from_disk:
                 subject = disk.OnDisk(disk.local(source), dtype).subject(tokenizer, name, recipe, config.dtype)

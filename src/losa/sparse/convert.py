@@ -84,7 +84,11 @@ def convert(
         if kept:
             writer.save(kept, MASKS, {"losa": str(FORMAT)})
         _copy_rest(source, staging, describe(made) if made else None)
-        what = {"from": str(folder), "format": form, "values": values}
+        what = {
+            "from": str(source.resolve()) if Path(folder).is_dir() else str(folder),
+            "format": form,
+            "values": values,
+        }
         sizes = {"size": writer.total, "disk": weight_bytes(staging)}
         _note(staging, source, told, what, sizes, OURS if made else PLAIN)
     return {

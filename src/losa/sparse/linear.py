@@ -91,7 +91,7 @@ def _check_given(linear: nn.Module, state: dict[str, Any], prefix: str, local: d
     for name, own in tensors.items():
         given = state.get(prefix + name, own)
         if not local.get("assign_to_params_buffers") and not own.is_meta:  # it will be copied
-            given = given.to(own.device, own.dtype).contiguous()
+            given = given.to("cpu", own.dtype).contiguous()
         tensors[name] = given
     if not any(tensor.is_meta for tensor in tensors.values()):
         values, mask, offsets, scales = map(tensors.get, SUFFIXES)
