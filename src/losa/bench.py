@@ -161,17 +161,7 @@ def _packs(out: int, columns: int, sparsity: float, values: torch.dtype, total: 
     some = [first, *map(drawn, range(1, min(count, DRAWN)))]
     packs = [some[i % len(some)] for i in range(count)]
     moved = iter(_paged([tensor for packed in packs for tensor in packed.tensors().values()]))
-    return [
-        Packed(
-            next(moved),
-            next(moved),
-            None if packed.offsets is None else next(moved),
-            None if packed.scales is None else next(moved),
-            packed.in_features,
-            packed.nm,
-        )
-        for packed in packs
-    ]
+    return [Packed.of({name: next(moved) for name in p.tensors()}, p.in_features, p.nm) for p in packs]
 
 
 def _paged(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from losa.checkpoint import MASKS
 from losa.errors import LosaError
+from losa.run import rates_found
 from losa.sources import SOURCES, Hub, place_of
 from losa.units import number, size
 
@@ -196,8 +197,7 @@ def _how(made: dict[str, Any]) -> str:
     if recipe["recovery"] == "none":
         rows.append("- no recovery")
     else:
-        rates = sorted({record["learning_rate"] for record in made["history"] if "learning_rate" in record})
-        rate = " and ".join(f"{rate:g}" for rate in rates) or f"{recipe['learning_rate']:g}"
+        rate = " and ".join(f"{rate:g}" for rate in rates_found(made["history"])) or f"{recipe['learning_rate']:g}"
         distilled = f", {recipe['distill']:.0%} of the loss by distillation" if recipe["distill"] else ""
         rows.append(
             f"- recovery {recipe['recovery']}: {recipe['train_samples']:,} rows of {_data(recipe['train_data'])[0]}, "

@@ -125,14 +125,7 @@ class Checkpoint:
         """A packed linear, checked."""
         layout = self.packed[name]
         parts = {suffix: self.read(f"{name}.{suffix}") for suffix in layout.tensors()}
-        found = Packed(
-            parts["weight"],
-            parts["weight_mask"],
-            parts.get("weight_offsets"),
-            parts.get("weight_scales"),
-            layout.in_features,
-            layout.nm,
-        )
+        found = Packed.of(parts, layout.in_features, layout.nm)
         check(found, name, layout)
         return found
 

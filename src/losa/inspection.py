@@ -83,17 +83,18 @@ def _pruned_by(stored: dict[str, Any]) -> Recipe:
     return from_settings({name: stored[name] for name in names if name in stored})
 
 
-def plan(source: str, recipe: Recipe) -> dict[str, Any]:
+def plan(source: str, recipe: Recipe, config: Any = None, way: memory.Way | None = None) -> dict[str, Any]:
     """What a run would do, and about what it would take, from the model's configuration alone: bytes, at their peak.
 
-    `memory` is that of one process, where it computes; `processes` are those that torchrun started.
+    `memory` is that of one process, where it computes; `processes` are those that torchrun started. config and way are
+    those of `source` where they are known already.
     """
-    config = model.load_config(source)
+    config = model.load_config(source) if config is None else config
     skeleton = model.skeleton(config)
     blocks = prunable(skeleton, recipe)
     device = model.choose_device(recipe.device)
     dtype = model.choose_dtype(recipe.dtype, device)
-    way = memory.choose(source, recipe, config)
+    way = memory.choose(source, recipe, config) if way is None else way
     recovery = registry.get("recovery", recipe.recovery)
     parameters = sum(p.numel() for p in skeleton.parameters())
     weights = sum(block.weights for block in blocks)

@@ -53,7 +53,6 @@ class Progress:
         self.quiet = quiet
         self._screen: Any = None  # rich's, while something is shown on a terminal
         self._tasks: list[Any] = []  # rich's, the innermost last
-        self._names: list[str] = []  # what they are
         self._note = ""
 
     def say(self, line: str) -> None:
@@ -101,14 +100,16 @@ class Progress:
         if self._screen is None:
             self._screen = _screen()
             self._screen.start()
-        if self._names and self._names[-1].endswith(f": {what}"):  # the same, which knows its step
-            what = self._names[-1]
-        for outer in self._tasks:
-            self._screen.update(outer, visible=False)
+        for outer in self._screen.tasks:
+            if outer.id in self._tasks[-1:] and outer.description.endswith(
+                f": {what}"
+            ):  # the same, which knows its step
+                what = outer.description
+        for shown in self._tasks:
+            self._screen.update(shown, visible=False)
         unit = f"{unit} {{}}/{total}" if total is not None else ""
         task = self._screen.add_task(what, total=total, completed=done, count=unit.format(done), note="")
         self._tasks.append(task)
-        self._names.append(what)
 
         def advance() -> None:
             nonlocal done
@@ -122,7 +123,6 @@ class Progress:
             self._note = ""
             if task in self._tasks:  # not if `stop` came first
                 self._tasks.remove(task)
-                self._names.pop()
                 self._screen.remove_task(task)
                 if self._tasks:
                     self._screen.update(self._tasks[-1], visible=True)
@@ -135,7 +135,7 @@ class Progress:
             for task in self._tasks:
                 self._screen.remove_task(task)
             self._screen.stop()
-        self._screen, self._tasks, self._names = None, [], []
+        self._screen, self._tasks = None, []
 
 
 def _screen() -> Any:

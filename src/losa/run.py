@@ -354,6 +354,11 @@ def read_made(path: Path, any_format: bool = False) -> dict[str, Any]:
     return made
 
 
+def rates_found(history: list[dict[str, Any]]) -> list[float]:
+    """The learning rates that trials found in the steps of `history`; none where one was named."""
+    return sorted({step["learning_rate"] for step in history if "learning_rate" in step})
+
+
 def damaged(path: Path, error: Exception) -> LosaError:
     """What to raise where a losa.json could not be read for that."""
     what = f"{type(error).__name__}: {error}"

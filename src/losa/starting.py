@@ -103,7 +103,7 @@ def _start(
             settled = with_rows(recipe, len(inputs.examples))
         if isinstance(source, str) and run.writes and not resume:
             assert output is not None
-            run.say_if(short_of_room(output, inspection.plan(source, settled)["disk"]))
+            run.say_if(short_of_room(output, inspection.plan(source, settled, config, way)["disk"]))
         with run.phase("loading"):
             if way.from_disk:
                 subject = disk.OnDisk(disk.local(source), dtype).subject(tokenizer, name, recipe, config.dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from losa.errors import LosaError
-from losa.run import FORMAT, in_use
+from losa.run import FORMAT, in_use, rates_found
 
 # what is measured of the models that a run makes one of, and what these are called
 NAMES = {"dense": "dense", "finetuned": "fine-tuned", "before": "as it came"}
@@ -72,7 +72,7 @@ class Story:
     @property
     def rates(self) -> list[float]:
         """The learning rates that trials found; none where one was named."""
-        return sorted({record["learning_rate"] for record in self.history if "learning_rate" in record})
+        return rates_found(self.history)
 
     @property
     def sampled(self) -> bool:

@@ -94,8 +94,7 @@ def _check_given(linear: nn.Module, state: dict[str, Any], prefix: str, local: d
             given = given.to("cpu", own.dtype).contiguous()
         tensors[name] = given
     if not any(tensor.is_meta for tensor in tensors.values()):
-        values, mask, offsets, scales = map(tensors.get, SUFFIXES)
-        check(Packed(values, mask, offsets, scales, linear.in_features, linear.nm), prefix[:-1], layout)  # type: ignore[arg-type]
+        check(Packed.of(tensors, linear.in_features, linear.nm), prefix[:-1], layout)
 
 
 # ------------------------------------------------------------------------------------------------------- config.json

@@ -92,6 +92,12 @@ class Packed:
         parts = zip(SUFFIXES, (self.values, self.mask, self.offsets, self.scales), strict=True)
         return {name: tensor for name, tensor in parts if tensor is not None}
 
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], in_features: int, nm: NM | None) -> "Packed":
+        """Of `tensors`, as `tensors()` gives them."""
+        values, mask, offsets, scales = SUFFIXES
+        return cls(tensors[values], tensors[mask], tensors.get(offsets), tensors.get(scales), in_features, nm)
+
 
 @torch.no_grad()
 def pack(weight: Tensor, mask: Tensor, values: torch.dtype | None = None) -> Packed:
