@@ -20,6 +20,7 @@ from losa.experiments.cells import Cell, Cells, gather
 from losa.experiments.tables import TABLES, Claim
 from losa.recipe import Recipe
 from losa.sparse import decoding
+from losa.tasks import harness
 
 Settings = dict[str, Any]
 
@@ -49,7 +50,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_every_cell_is_a_recipe(name: str, llama: Path, tiny: Settings) -> None:
     """And its claims are about cells that there are, and what they measure is shown."""
     table = TABLES[name]
-    made = gather(str(llama), [table], None, tiny if table.kind == "compress" else {}, 1)
+    made = gather(str(llama), [table], None, {} if table.kind == "latency" else tiny, 1)
     assert {place for cell in made for _, place in cell.places} == set(table.cells)
     assert all(cell.recipe and not cell.impossible for cell in made)
     assert len({cell.key for cell in made}) == len(made)
@@ -184,6 +185,92 @@ def test_another_default_is_another_result(llama: Path, out: Path, tiny: Setting
     path.write_text("{")
     with pytest.raises(LosaError, match="is damaged: remove it"):
         Cells(out).read(cell)
+
+
+# ------------------------------------------------------------------------------------------------------ zero-shot tasks
+
+
+@pytest.fixture
+def piqa(tmp_path: Path) -> Path:
+    rows = [{"goal": f"number {i}", "sol1": "one" * i, "sol2": "two", "label": i % 2} for i in range(1, 6)]
+    path = tmp_path / "piqa.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_zero_shot_cells_are_asked_and_kept_unasked_too(llama: Path, out: Path, tiny: Settings, piqa: Path) -> None:
+    """The dense row is the model itself; the main table takes the same runs without the answers."""
+    questions = cells.questions_of(str(llama), "piqa", {"piqa": str(piqa)}, 4)
+    assert cells.why_unasked(questions) == ""
+    made = gather(str(llama), tables.chosen(["main", "zero-shot"]), None, tiny, 1, questions)
+    dense = next(cell for cell in made if ("zero-shot", ("dense", "60%")) in cell.places)
+    assert len(dense.places) == 3 and made.index(dense) == 0
+    pruned = next(cell for cell in made if ("zero-shot", ("Wanda", "60%")) in cell.places)
+    unasked = next(cell for cell in made if ("main", ("Wanda", "60%")) in cell.places)
+    kept = Cells(out)
+    assert kept.run(dense, cells.Progress(quiet=True)) and kept.run(pruned, cells.Progress(quiet=True))
+    answered = kept.read(dense)
+    assert answered
+    whole = model.load_whole(str(llama), Recipe(**tiny))
+    right = harness.zero_shot(
+        whole, model.load_tokenizer(str(llama), whole.config), ["piqa"], {"piqa": str(piqa)}, limit=4
+    )
+    assert answered["measured"]["tasks"] == right["tasks"] and right["tasks"]["piqa"]["rows"] == 4
+    assert answered["measured"]["accuracy"] == right["tasks"]["piqa"]["acc"]
+    assert pruned.key_unasked == unasked.key and not kept.run(unasked, cells.Progress(quiet=True))
+    grids = show.collect(tables.chosen(["zero-shot", "main"]), made, {c.key: r for c in made if (r := kept.read(c))})
+    assert grids[0].rows[0] == ["dense", *[f"{right['tasks']['piqa']['acc']:.3f}"] * 3]
+    assert "Questions: piqa 4." in grids[0].caption and grids[1].entries[0]["row"] == "Wanda"
+
+
+def test_key_is_of_what_is_asked(llama: Path, tiny: Settings, piqa: Path) -> None:
+    made, about = Recipe(**tiny), cells.fingerprint(str(llama))
+
+    def key(*asked: Any) -> str:
+        return cells.key_of(made, "zero-shot", about, cells.questions_of(str(llama), *asked))
+
+    local = ("piqa", {"piqa": str(piqa)})
+    keys = {key(), key("piqa"), key(*local), key(*local, 4), key("piqa,boolq", local[1])}
+    piqa.write_text(piqa.read_text().replace("number", "figure"))
+    assert len(keys | {key(*local)}) == 6
+
+
+def test_zero_shot_claims_want_more(llama: Path, tiny: Settings) -> None:
+    table = TABLES["zero-shot"]
+    made = gather(str(llama), [table], None, tiny, 1)
+
+    def result(cell: Cell) -> dict[str, Any]:
+        losa = bool(cell.recipe and cell.recipe.recovery == "losa")
+        return {"measured": {"accuracy": 0.5 + 0.1 * losa, "dense": 9.0, "tasks": {"boolq": {"rows": 1200}}}}
+
+    (grid,) = show.collect([table], made, {cell.key: result(cell) for cell in made})
+    assert [verdict for _, verdict in grid.verdicts] == ["holds, 6 of 6; one seed"] * 2
+    assert grid.rows[3] == ["SparseGPT w. LoSA", "0.600", "0.600", "0.600"] and "boolq 1,200" in grid.caption
+
+
+def test_tasks_that_are_out_of_reach(
+    llama: Path, out: Path, tiny: Settings, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before anything runs, beside other tables as a note; what is kept is shown all the same."""
+
+    def prepare(*_: Any) -> Any:
+        raise LosaError("task 'piqa' cannot be read: check the network")
+
+    monkeypatch.setattr(harness, "prepare", prepare)
+    monkeypatch.setattr(Cells, "run", lambda *_: pytest.fail("nothing is to be run"))
+    arguments = ["--model", llama, "--output", out, "--tasks", "piqa", *flags(tiny)]
+    assert "check the network" in refused(capsys, "experiment", "zero-shot", *arguments) and not out.exists()
+    assert main(["experiment", "zero-shot", "main", *map(str, arguments), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("cannot be: task 'piqa' cannot be read") == 19 and "18 cells to run" in shown
+    assert main(["experiment", "zero-shot", *map(str, arguments), "--cached"]) == 0
+    capsys.readouterr()
+
+
+def test_a_task_without_accuracy(monkeypatch: Any) -> None:
+    scored: Any = type("Task", (), {"aggregation": lambda self: {"bleu": None}})
+    monkeypatch.setattr(harness, "prepare", lambda *_: {"mine.yaml": scored()})
+    assert "'mine.yaml' has no accuracy" in cells.why_unasked(cells.questions_of("model", "piqa"))
 
 
 # ------------------------------------------------------------------------------------------------------- what is said
@@ -376,6 +463,9 @@ def test_nothing_wrong_is_timed(llama: Path, monkeypatch: Any) -> None:
         (["latency", "--clip", "2"], "--clip changes no cell of latency"),
         (["main", "--dry-run", "--cached"], "--dry-run shows what would be run"),
         (["main", "--recipe", "papre"], "did you mean 'paper'?"),
+        (["main", "--tasks", "piqa"], "--tasks, --task-data and --limit are for the experiment zero-shot"),
+        (["zero-shot", "--tasks", "piqaa"], "unknown task 'piqaa': did you mean 'piqa'?"),
+        (["zero-shot", "--limit", "-1"], "--limit and --stride at least 0"),
     ],
 )
 def test_bad_input(arguments: list[str], what: str, llama: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,17 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--stride", type=int, default=0,
         help="begin a window every so many tokens; what an earlier one saw is context only (default: they do not overlap)",
     )  # fmt: skip
-    about_tasks = evaluate.add_argument_group("zero-shot tasks, through lm-evaluation-harness")
-    about_tasks.add_argument(
-        "--tasks", metavar="NAME,NAME", default="",
-        help="hellaswag, winogrande, boolq, openbookqa, piqa, arc_easy, arc_challenge; paper (these seven); demo-next-line; "
-        "or a definition of the harness (FILE.yaml)",
-    )  # fmt: skip
-    about_tasks.add_argument(
-        "--task-data", metavar="NAME=PATH", action="append", default=[],
-        help="rows of a task: a file, or a folder with them, as the hub or their authors publish them (default: the hub)",
-    )  # fmt: skip
-    about_tasks.add_argument("--limit", type=int, default=0, help="ask only so many questions a task (default: all)")
+    about_tasks = _add_tasks(evaluate)
     about_tasks.add_argument("--batch-size", type=int, default=8, help="answers read at once (default: 8)")
     about_texts = evaluate.add_argument_group("texts side by side")
     about_texts.add_argument("--against", metavar="DENSE", default="", help="the model to compare with")
@@ -212,6 +202,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--markdown", type=Path, metavar="FILE",
         help="put each table into FILE, between <!-- experiment NAME --> and <!-- end -->; a new file has them all",
     )  # fmt: skip
+    _add_tasks(
+        experiment, "of the experiment zero-shot, which needs the extra eval; default: paper, of demo demo-next-line"
+    )
     _add_settings(experiment)
 
     demo = command("demo", commands.demo, "the whole method on the built-in model, without any download")
@@ -220,6 +213,21 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--overwrite", action="store_true", help="replace the demo in --output")
     demo.add_argument("--sparsity", type=float, help=commands.settings_by_name()["sparsity"].metadata["doc"])
     return parser
+
+
+def _add_tasks(parser: argparse.ArgumentParser, about: str = "") -> Any:
+    group = parser.add_argument_group("zero-shot tasks, through lm-evaluation-harness", about)
+    group.add_argument(
+        "--tasks", metavar="NAME,NAME", default="",
+        help="hellaswag, winogrande, boolq, openbookqa, piqa, arc_easy, arc_challenge; paper (these seven); demo-next-line; "
+        "or a definition of the harness (FILE.yaml)",
+    )  # fmt: skip
+    group.add_argument(
+        "--task-data", metavar="NAME=PATH", action="append", default=[],
+        help="rows of a task: a file, or a folder with them, as the hub or their authors publish them (default: the hub)",
+    )  # fmt: skip
+    group.add_argument("--limit", type=int, default=0, help="ask only so many questions a task (default: all)")
+    return group
 
 
 def _add_run(parser: argparse.ArgumentParser, what: str) -> None:

@@ -112,7 +112,8 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     from losa.experiments import command
 
     names = [field.name for field in dataclasses.fields(command.Asked) if field.name != "models"]
-    asked = command.Asked(models=args.model, **{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in names} | {"task_data": dict(map(_pair, args.task_data))}
+    asked = command.Asked(models=args.model, **given)
     _quiet_libraries()
     found = command.experiment(asked, _given(args), _progress(args))
     if not args.json:
@@ -179,7 +180,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(evaluate.Evaluation)]
     given = {name: getattr(args, name) for name in names}
     given["tasks"] = [name for name in args.tasks.split(",") if name]
-    given["task_data"] = dict(_pair(text) for text in args.task_data)
+    given["task_data"] = dict(map(_pair, args.task_data))
     quiet = args.quiet or args.json or not sys.stderr.isatty()
     found = evaluate.evaluate(args.model, evaluate.Evaluation(**given), settings, quiet, _progress(args))
     if not args.json:

@@ -19,14 +19,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from losa import __version__, inputs, model, patterns, pipeline, recipe, registry, sources, story
+from losa import __version__, evaluate, inputs, model, patterns, pipeline, recipe, registry, sources, story
 from losa.blocks import prunable, targeted
 from losa.errors import LosaError
+from losa.evaluate import Evaluation
 from losa.experiments import latency
 from losa.experiments.tables import Place, Settings, Table
 from losa.progress import Progress
 from losa.recipe import Recipe, default_of
 from losa.run import read_recipe, versions, write_json, writing
+from losa.tasks import harness, local
 from losa.units import dtype_name
 
 # Where a cell runs, and how carefully, does not change what comes out.
@@ -39,7 +41,11 @@ PIECES, PIECE = 16, 2**16  # of a file's bytes that its fingerprint reads
 
 @dataclass
 class Cell:
-    """A recipe on a model. `places`: where it stands, as (table, place). `impossible`: why it cannot be, if it cannot."""
+    """A recipe on a model. `places`: where it stands, as (table, place). `impossible`: why it cannot be, if it cannot.
+
+    questions: the tasks that a cell of kind zero-shot is asked; key_unasked: of the same cell without them, whose result comes
+    with it.
+    """
 
     key: str
     kind: str
@@ -47,6 +53,8 @@ class Cell:
     recipe: Recipe | None
     places: list[tuple[str, Place]] = field(default_factory=list)
     impossible: str = ""
+    questions: Evaluation | None = None
+    key_unasked: str = ""
 
     @property
     def name(self) -> str:
@@ -55,31 +63,43 @@ class Cell:
         return f"{table}: {where}, seed {self.recipe.seed}" if self.recipe else f"{table}: {where}"
 
 
-def gather(source: str, tables: Sequence[Table], base: str | None, flags: Settings, seeds: int) -> list[Cell]:
+def gather(
+    source: str,
+    tables: Sequence[Table],
+    base: str | None,
+    flags: Settings,
+    seeds: int,
+    questions: Evaluation | None = None,
+    unasked: str = "",
+) -> list[Cell]:
     """The cells of `tables` on the model `source`, each once, one seed of everything first.
 
     base: the recipe below everything; flags: settings that go on top of it and of the tables' defaults, below what a cell
-    is about. Raises LosaError for a flag that no cell takes, and if no cell is possible.
+    is about. questions: what zero-shot cells are asked (default: `questions_of`); unasked: why they cannot be, if they
+    cannot. Raises LosaError for a flag that no cell takes, and if no cell is possible.
     """
     _check_flags(tables, flags)
     about = fingerprint(source)
+    questions = questions or questions_of(source)
     found: dict[str, Cell] = {}
     refused: list[Cell] = []
     checked: dict[str, str] = {}
     for seed in range(seeds):
-        for table in tables:
+        for table in sorted(tables, key=lambda table: table.kind != "zero-shot"):  # what is asked is kept unasked, too
+            asked = questions if table.kind == "zero-shot" else None
             for place, settings in table.cells.items():
                 try:
                     made = _recipe(table, settings, base, flags, seed)
                 except LosaError as error:
                     refused.append(Cell("", table.kind, source, None, [(table.name, place)], str(error)))
                     continue
-                key = key_of(made, table.kind, about)
+                key = key_of(made, table.kind, about, asked)
                 if key not in found:
-                    plain = key_of(made.at(seed=0), table.kind, about)
+                    plain = key_of(made.at(seed=0), table.kind, about, asked)
                     if plain not in checked:
-                        checked[plain] = _why_not(source, made, table.kind)
-                    found[key] = Cell(key, table.kind, source, made, [], checked[plain])
+                        checked[plain] = (unasked if asked else "") or _why_not(source, made, table.kind)
+                    unasked_key = key_of(made, "compress", about) if asked else ""
+                    found[key] = Cell(key, table.kind, source, made, [], checked[plain], asked, unasked_key)
                 found[key].places.append((table.name, place))
     cells = [*found.values(), *refused]
     if all(cell.impossible for cell in cells):
@@ -97,6 +117,26 @@ def _recipe(table: Table, settings: Settings, base: str | None, flags: Settings,
         given.pop("sparsity", None)
     given["seed"] = flags.get("seed", 0) + seed
     return recipe.load(base, given)
+
+
+def questions_of(source: str, tasks: str = "", task_data: dict[str, str] | None = None, limit: int = 0) -> Evaluation:
+    """What zero-shot cells are asked: the paper's seven tasks, of the built-in model its own, unless `tasks` names others.
+
+    Raises LosaError for a name there is not, and for rows that are not there.
+    """
+    names = [name for name in tasks.split(",") if name] or ["demo-next-line" if source == "demo" else "paper"]
+    given = task_data or {}
+    return Evaluation(tasks=harness.expand(names, given), task_data=given, limit=limit)
+
+
+def why_unasked(questions: Evaluation) -> str:
+    """Why these tasks cannot be asked on this machine; empty if they can."""
+    try:
+        prepared = harness.prepare(questions.tasks, questions.task_data)
+    except LosaError as error:
+        return str(error)
+    without = [name for name, task in prepared.items() if "acc" not in task.aggregation()]
+    return f"task {without[0]!r} has no accuracy (acc) among its metrics: leave it out" if without else ""
 
 
 def _check_flags(tables: Sequence[Table], flags: Settings) -> None:
@@ -126,7 +166,7 @@ def _why_not(source: str, made: Recipe, kind: str) -> str:
 # --------------------------------------------------------------------------------------------- what decides a result
 
 
-def key_of(made: Recipe, kind: str, about: dict[str, str]) -> str:
+def key_of(made: Recipe, kind: str, about: dict[str, str], questions: Evaluation | None = None) -> str:
     """A short hash of what decides the result of a cell."""
     settings = decisive(made.to_json())
     what: dict[str, Any] = {"format": FORMAT, "kind": kind, "losa": __version__, "recipe": settings, **about}
@@ -134,6 +174,8 @@ def key_of(made: Recipe, kind: str, about: dict[str, str]) -> str:
         what["machine"] = _machine(made)
     else:
         what["texts"] = {name: _text(getattr(made, name)) for name in ("calibration", "train_data", "eval_data")}
+    if questions:
+        what |= {"tasks": {name: _rows(name, questions) for name in questions.tasks}, "limit": questions.limit}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -161,6 +203,15 @@ def _text(source: str) -> str:
     if source and sources.place_of(source) == "file":
         return hashlib.sha256(_some(Path(source).expanduser())).hexdigest()
     return f"{source} of Python {platform.python_version()}" if source.startswith("demo") else source
+
+
+def _rows(task: str, questions: Evaluation) -> str:
+    """Of a task: the bytes of its local rows or of its definition, or the name."""
+    if task in questions.task_data:
+        return hashlib.sha256(_some(local.find(task, Path(questions.task_data[task]).expanduser()))).hexdigest()
+    if Path(task).is_file():
+        return hashlib.sha256(_some(Path(task))).hexdigest()
+    return f"{task} of Python {platform.python_version()}" if task.startswith("demo") else task
 
 
 def _some(path: Path) -> bytes:
@@ -229,6 +280,8 @@ class Cells:
             kept |= {"took": round(time.monotonic() - began, 1), "recipe": cell.recipe.to_json(), "measured": measured}
             with writing(self.output, ""):
                 write_json(self.path(cell), kept)
+                if cell.key_unasked:
+                    write_json(self.path(cell).with_stem(cell.key_unasked), kept | {"kind": "compress"})
             shutil.rmtree(self._run(cell), ignore_errors=True)
             return True
 
@@ -282,7 +335,15 @@ class Cells:
             "rates": statistics.mean(spent["rates"]) if "rates" in spent else None,
             "errors": sum(spent["dense features"]) if "dense features" in spent else None,
             "phases": {name: round(sum(values), 3) for name, values in spent.items()},
-        }
+        } | self._answers(cell)
+
+    def _answers(self, cell: Cell) -> dict[str, Any]:
+        """What the result of a zero-shot cell answers: scores by task, and the mean of their accuracies."""
+        if cell.questions is None:
+            return {}
+        assert cell.recipe is not None
+        found = evaluate.evaluate(str(self._run(cell)), cell.questions, cell.recipe)
+        return {"accuracy": found["mean"]["acc"], "tasks": found["tasks"]}
 
     @staticmethod
     def _may_resume(folder: Path, cell: Cell) -> bool:

@@ -10,14 +10,17 @@ from typing import Any
 
 from losa.errors import LosaError
 from losa.experiments import show, tables
-from losa.experiments.cells import Cell, Cells, gather
+from losa.experiments.cells import Cell, Cells, gather, questions_of, why_unasked
 from losa.progress import Progress
 from losa.units import duration
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What the command line asks for. part: I/N, every N-th cell from the I-th. cached: run nothing."""
+    """What the command line asks for. part: I/N, every N-th cell from the I-th. cached: run nothing.
+
+    tasks, task_data, limit: what zero-shot cells are asked, as `losa evaluate` takes them.
+    """
 
     names: Sequence[str]
     models: Sequence[str]
@@ -28,6 +31,9 @@ class Asked:
     cached: bool = False
     dry_run: bool = False
     markdown: Path | None = None
+    tasks: str = ""
+    task_data: dict[str, str] = dataclasses.field(default_factory=dict)
+    limit: int = 0
 
     def __post_init__(self) -> None:
         """Raise LosaError for what cannot be."""
@@ -52,12 +58,19 @@ def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[
     flags: settings of the recipe, for every cell. Returns what is in experiments.json, or with dry_run the cells.
     """
     chosen = tables.chosen(asked.names)
+    asks = any(table.kind == "zero-shot" for table in chosen)
+    if (asked.tasks or asked.task_data or asked.limit) and not asks:
+        raise LosaError(
+            "--tasks, --task-data and --limit are for the experiment zero-shot: name it, too, or leave them out"
+        )
     assert asked.output is not None
     kept = Cells(asked.output)
     cells: list[Cell] = []
     for source in asked.models:
         base = asked.recipe or ("demo" if source == "demo" else "paper")
-        cells += gather(source, chosen, base, flags, asked.seeds)
+        questions = questions_of(source, asked.tasks, asked.task_data, asked.limit)
+        unasked = why_unasked(questions) if asks and not asked.cached else ""
+        cells += gather(source, chosen, base, flags, asked.seeds, questions, unasked)
     if asked.markdown:
         show.check_markdown(asked.markdown, show.names(chosen, asked.models))
     possible = [cell for cell in cells if not cell.impossible]
@@ -99,6 +112,10 @@ def foretell(kept: Cells, cells: list[Cell]) -> dict[str, Any]:
             took.setdefault(_like(cell), []).append(result["took"])
         listed.append({"name": cell.name, "key": cell.key, "there": result is not None, "impossible": cell.impossible})
     missing = [cell for cell, line in zip(cells, listed, strict=True) if not line["there"] and not cell.impossible]
+    free = {cell.key_unasked for cell in missing}
+    for line in listed:
+        line["comes_along"] = line["key"] in free and not line["there"]
+    missing = [cell for cell in missing if cell.key not in free]
     known = [statistics.mean(took[_like(cell)]) for cell in missing if _like(cell) in took]
     seconds = round(sum(known) * len(missing) / len(known)) if known else None
     return {"cells": listed, "missing": len(missing), "seconds": seconds if missing else 0}
@@ -113,7 +130,8 @@ def say_foretold(found: dict[str, Any]) -> str:
     """The cells, one a line, and the sum."""
     lines = []
     for line in found["cells"]:
-        state = f"cannot be: {line['impossible']}" if line["impossible"] else "there" if line["there"] else "to run"
+        to_run = "comes with the same one of zero-shot" if line["comes_along"] else "to run"
+        state = f"cannot be: {line['impossible']}" if line["impossible"] else "there" if line["there"] else to_run
         lines.append(f"{line['key'] or '-':16}  {line['name']}: {state}")
     if found["missing"] and found["seconds"] is None:
         lines.append(f"{found['missing']} cells to run; how long they take is known once the first is there")

@@ -21,6 +21,7 @@ from losa.units import duration, number, size
 
 NAMES = {  # of what is measured, and how it is written
     "perplexity": ("perplexity", number),
+    "accuracy": ("accuracy", lambda value: f"{value:.3f}"),
     "by_block": ("sparsity", lambda value: f"{value:.1%}"),
     "trained": ("values trained", lambda value: f"{value:,.0f}"),
     "seconds": ("time", duration),
@@ -109,7 +110,7 @@ def names(chosen: Sequence[Table], sources: Sequence[str]) -> list[str]:
 
 def _grid(table: Table, source: str, cells: list[Cell], found: dict[str, dict[str, Any]]) -> Grid:
     measured = _values(table, cells, found)
-    dense = sorted({r["measured"]["dense"] for cell in cells if (r := found.get(cell.key)) and cell.kind == "compress"})
+    dense = sorted({r["measured"]["dense"] for cell in cells if (r := found.get(cell.key)) and cell.kind != "latency"})
     vectors = table.measures == ("by_block",)
     many = len(table.measures) > 1
     columns = [(column, measure) for column in table.columns for measure in table.measures]
@@ -126,6 +127,8 @@ def _grid(table: Table, source: str, cells: list[Cell], found: dict[str, dict[st
         at = {(e["block"], e["column"]): e["mean"] for e in entries}
         rows = [[str(b), *(NAMES["by_block"][1](at[b, c]) if (b, c) in at else "" for c, _ in columns)] for b in blocks]
     caption = _caption([cell for cell in cells if cell.recipe], dense)
+    if table.kind == "zero-shot":
+        caption += _asked([r["measured"]["tasks"] for cell in cells if (r := found.get(cell.key))])
     if table.kind == "latency":
         caption = _where([r["measured"] for cell in cells if (r := found.get(cell.key))])
     verdicts = [
@@ -171,7 +174,7 @@ def _text(measure: str, values: list[float]) -> str:
         return ""
     write = NAMES[measure][1]
     text = str(write(statistics.mean(values)))
-    if len(values) > 1 and measure == "perplexity":
+    if len(values) > 1 and measure in ("perplexity", "accuracy"):
         text += f" ± {write(statistics.stdev(values))} ({len(values)})"
     return text
 
@@ -183,7 +186,7 @@ def _caption(cells: list[Cell], dense: list[float]) -> str:
         said.append(
             f"Dense {number(dense[0])}" if len(dense) == 1 else f"Dense {number(dense[0])} to {number(dense[-1])}"
         )
-    if cells and cells[0].kind == "compress":
+    if cells and cells[0].kind != "latency":
         recipes = [cell.recipe.to_json() for cell in cells if cell.recipe]
         for name in SAID:
             values = {json.dumps(recipe[name]) for recipe in recipes}
@@ -194,6 +197,14 @@ def _caption(cells: list[Cell], dense: list[float]) -> str:
                     else f"{name.replace('_', ' ')} {value}"
                 )
     return ", ".join(said) + ("." if said else "")
+
+
+def _asked(scores: list[dict[str, Any]]) -> str:
+    """Which tasks, and how many questions of each."""
+    if not scores:
+        return ""
+    counts = {name: of["rows"] for name, of in scores[0].items()}
+    return f" Questions: {', '.join(f'{name} {found:,}' for name, found in counts.items())}."
 
 
 def _where(timed: list[dict[str, Any]]) -> str:

@@ -30,7 +30,8 @@ class Claim:
 class Table:
     """`cells` change a recipe; `default` is what the paper chose for all of them and flags may choose otherwise.
 
-    measures: what is shown of each cell (`losa.experiments.cells`). kind: a run of `losa compress`, or a timing of decoding.
+    measures: what is shown of each cell (`losa.experiments.cells`). kind: a run of `losa compress`, such a run whose result is
+    asked zero-shot tasks, or a timing of decoding.
     """
 
     name: str
@@ -66,6 +67,7 @@ WANDA: Settings = {"pruner": "wanda"}
 HIGH: Settings = {"pruner": "wanda", "sparsity": 0.7}
 MIDDLE: Settings = {"pruner": "wanda", "sparsity": 0.6}
 BOTH = ("sparsegpt", "wanda")
+DENSE = "dense"  # the row of a table that has one
 
 
 def grid(rows: dict[str, Settings], columns: dict[str, Settings]) -> dict[Place, Settings]:
@@ -104,6 +106,19 @@ def _losa_beats_lora(pruners: Iterable[str], columns: Iterable[str]) -> tuple[Cl
 def _comparison(name: str, title: str, pruners: Iterable[str], columns: dict[str, Settings]) -> Table:
     pruners = list(pruners)
     return Table(name, title, grid(by_method(pruners), columns), {}, _losa_beats_lora(pruners, columns))
+
+
+def _zero_shot() -> Table:
+    columns = sparsities(0.5, 0.6, 0.7)
+    dense = {(DENSE, column): PRUNED | {"sparsity": 0.0} for column in columns}
+    of: list[list[str]] = [[f"{LABELS[pruner]}{method}" for pruner in BOTH] for method in METHODS]
+    pruned, lora, losa = of
+    claims = (  # the first of each pair has less
+        lower("LoSA is right more often than LoRA kept apart", lora, losa, columns, "accuracy"),
+        lower("LoSA wins back what pruning lost", pruned, losa, columns, "accuracy"),
+    )
+    cells = dense | grid(by_method(BOTH), columns)
+    return Table("zero-shot", "Zero-shot tasks, mean accuracy; table 2", cells, {}, claims, ("accuracy",), "zero-shot")
 
 
 def _strategies() -> Table:
@@ -300,6 +315,7 @@ def _tables() -> Iterable[Table]:
     yield _comparison("main", "Pruned only, with LoRA kept apart, with LoSA; table 1", BOTH, main)
     wide = sparsities(0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     yield _comparison("sparsity-range", "The same from 40 to 90%; table 5", BOTH, wide)
+    yield _zero_shot()
     yield _strategies()
     ranks = {name: {"rank_by": name} for name in ("error", "sparsity")}
     said = "Ranks by error are better than by sparsity"
