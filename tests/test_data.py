@@ -178,6 +178,8 @@ def test_blank_rows_count_for_evaluation_only(write: Callable[..., str]) -> None
         ("a.jsonl", '{"text": "a"}\n{"text": }\n', "line 2: not JSON: Expecting value at column 10"),
         ("a.json", '[\n{"text": "a"},\n{"text" "b"}]', "line 3: not JSON"),
         ("a.jsonl", '{"text": "a"}\n{"text": "cut of', "line 2: not JSON: Unterminated string"),
+        ("a.jsonl", '{"text": "a"}\n' + "[" * 100_000, "line 2: its JSON is nested too deeply"),
+        ("a.json", '{"text":' * 100_000, "its JSON is nested too deeply"),
         ("a.txt", b"abc\xff", "not UTF-8 text .* at byte 3"),
         ("a.parquet", b"PAR1 cut off", "not a whole parquet file"),
     ],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Purpose = Literal["calibrate", "train", "evaluate"]
+NESTED = "its JSON is nested too deeply to be read"
 PIECE = 1_000_000  # characters: the longest piece of a .txt file
 
 
@@ -174,6 +175,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     yield where, json.loads(line)
                 except json.JSONDecodeError as error:
                     raise LosaError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+                except RecursionError:
+                    raise LosaError(f"{where}: {NESTED}") from None
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -188,6 +191,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             yield from _read_lines(path)
             return
         raise LosaError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise LosaError(f"{path}: {NESTED}") from None
     for number, record in enumerate(records if isinstance(records, list) else [records], 1):
         yield f"{path}, row {number}", record
 
