@@ -1,6 +1,7 @@
 """The cells of the tables: each a recipe on a model, run once and kept by what decides its result.
 
-OUTPUT/cells/KEY.json  a finished cell; KEY is a hash of its recipe, the model, the texts it reads and losa's version
+OUTPUT/cells/KEY.json  a finished cell; KEY is a hash of its recipe, the model, the texts it reads and losa's version; what it
+                       answered to zero-shot tasks is in it, too, by what was asked
 OUTPUT/cells/KEY.lock  held while a process works on it; the system frees it however the process ends
 OUTPUT/runs/KEY/       its run, until it is finished: what goes on where it was killed
 """
@@ -19,16 +20,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from losa import __version__, evaluate, inputs, model, patterns, pipeline, recipe, registry, sources, story
+from losa import __version__, inputs, model, patterns, pipeline, recipe, registry, sources, story
 from losa.blocks import prunable, targeted
 from losa.errors import LosaError
-from losa.evaluate import Evaluation
 from losa.experiments import latency
-from losa.experiments.tables import Place, Settings, Table
+from losa.experiments.questions import Questions
+from losa.experiments.tables import DENSE, Place, Settings, Table
 from losa.progress import Progress
 from losa.recipe import Recipe, default_of
 from losa.run import read_recipe, versions, write_json, writing
-from losa.tasks import harness, local
 from losa.units import dtype_name
 
 # Where a cell runs, and how carefully, does not change what comes out.
@@ -36,6 +36,7 @@ ELSEWHERE = ("device", "memory", "checkpoint_minutes")
 LATENCY = ("device", "dtype", "seed", "ignore", "targets", "alpha", "base_rank", "values")  # flags that count there
 QUIET: Settings = {"sample_tokens": 0, "eval_step_tokens": 0}  # what nobody looks at
 FORMAT = 1
+THERE, TO_RUN = "there", "to run"  # of a cell
 PIECES, PIECE = 16, 2**16  # of a file's bytes that its fingerprint reads
 
 
@@ -43,8 +44,8 @@ PIECES, PIECE = 16, 2**16  # of a file's bytes that its fingerprint reads
 class Cell:
     """A recipe on a model. `places`: where it stands, as (table, place). `impossible`: why it cannot be, if it cannot.
 
-    questions: the tasks that a cell of kind zero-shot is asked; key_unasked: of the same cell without them, whose result comes
-    with it.
+    kind: a run of `losa compress`, the dense model as it is, or a timing of decoding. measured: whether a table wants what
+    the run itself measures. questions: what its model is asked; unasked: why it cannot be here, if it cannot.
     """
 
     key: str
@@ -53,12 +54,15 @@ class Cell:
     recipe: Recipe | None
     places: list[tuple[str, Place]] = field(default_factory=list)
     impossible: str = ""
-    questions: Evaluation | None = None
-    key_unasked: str = ""
+    measured: bool = False
+    questions: Questions | None = None
+    unasked: str = ""
 
     @property
     def name(self) -> str:
         table, (row, column) = self.places[0]
+        if self.kind == "dense":
+            return f"{table}: {row}"
         where = ", ".join(part for part in (row, column) if part and part != "perplexity")
         return f"{table}: {where}, seed {self.recipe.seed}" if self.recipe else f"{table}: {where}"
 
@@ -69,46 +73,52 @@ def gather(
     base: str | None,
     flags: Settings,
     seeds: int,
-    questions: Evaluation | None = None,
-    unasked: str = "",
+    questions: Questions | None = None,
 ) -> list[Cell]:
     """The cells of `tables` on the model `source`, each once, one seed of everything first.
 
     base: the recipe below everything; flags: settings that go on top of it and of the tables' defaults, below what a cell
-    is about. questions: what zero-shot cells are asked (default: `questions_of`); unasked: why they cannot be, if they
-    cannot. Raises LosaError for a flag that no cell takes, and if no cell is possible.
+    is about. questions: for the cells of zero-shot tables, if not the usual ones. Raises LosaError for a flag that no cell
+    takes, and if no cell is possible.
     """
     _check_flags(tables, flags)
     about = fingerprint(source)
-    questions = questions or questions_of(source)
+    questions = questions or Questions(source)
     found: dict[str, Cell] = {}
     refused: list[Cell] = []
     checked: dict[str, str] = {}
     for seed in range(seeds):
-        for table in sorted(tables, key=lambda table: table.kind != "zero-shot"):  # what is asked is kept unasked, too
-            asked = questions if table.kind == "zero-shot" else None
+        for table in tables:
             for place, settings in table.cells.items():
+                kind = "dense" if place[0] == DENSE else "latency" if table.kind == "latency" else "compress"
                 try:
-                    made = _recipe(table, settings, base, flags, seed)
+                    made = _recipe(kind, table, settings, base, flags, seed)
                 except LosaError as error:
-                    refused.append(Cell("", table.kind, source, None, [(table.name, place)], str(error)))
+                    refused.append(Cell("", kind, source, None, [(table.name, place)], str(error)))
                     continue
-                key = key_of(made, table.kind, about, asked)
+                key = key_of(made, kind, about)
                 if key not in found:
-                    plain = key_of(made.at(seed=0), table.kind, about, asked)
+                    plain = key_of(made.at(seed=0), kind, about)
                     if plain not in checked:
-                        checked[plain] = (unasked if asked else "") or _why_not(source, made, table.kind)
-                    unasked_key = key_of(made, "compress", about) if asked else ""
-                    found[key] = Cell(key, table.kind, source, made, [], checked[plain], asked, unasked_key)
-                found[key].places.append((table.name, place))
+                        checked[plain] = _why_not(source, made, kind)
+                    found[key] = Cell(key, kind, source, made, [], checked[plain])
+                cell = found[key]
+                if table.kind == "zero-shot":
+                    cell.questions = questions
+                else:
+                    cell.measured = True
+                if (table.name, place) not in cell.places:  # of a cell that has no seed
+                    cell.places.append((table.name, place))
     cells = [*found.values(), *refused]
     if all(cell.impossible for cell in cells):
         raise LosaError(cells[0].impossible)
     return cells
 
 
-def _recipe(table: Table, settings: Settings, base: str | None, flags: Settings, seed: int) -> Recipe:
-    if table.kind == "latency":
+def _recipe(kind: str, table: Table, settings: Settings, base: str | None, flags: Settings, seed: int) -> Recipe:
+    if kind == "dense":
+        return recipe.from_settings({name: flags[name] for name in ("device", "dtype") if name in flags})
+    if kind == "latency":
         mine = {name: value for name, value in flags.items() if name in LATENCY}
         fixed = {"pruner": "magnitude", "allocator": "uniform", "recovery": "none", "steps": 1, "format": "packed"}
         return recipe.from_settings(fixed | {"mean_rank": 8.0} | mine | settings)
@@ -119,33 +129,14 @@ def _recipe(table: Table, settings: Settings, base: str | None, flags: Settings,
     return recipe.load(base, given)
 
 
-def questions_of(source: str, tasks: str = "", task_data: dict[str, str] | None = None, limit: int = 0) -> Evaluation:
-    """What zero-shot cells are asked: the paper's seven tasks, of the built-in model its own, unless `tasks` names others.
-
-    Raises LosaError for a name there is not, and for rows that are not there.
-    """
-    names = [name for name in tasks.split(",") if name] or ["demo-next-line" if source == "demo" else "paper"]
-    given = task_data or {}
-    return Evaluation(tasks=harness.expand(names, given), task_data=given, limit=limit)
-
-
-def why_unasked(questions: Evaluation) -> str:
-    """Why these tasks cannot be asked on this machine; empty if they can."""
-    try:
-        prepared = harness.prepare(questions.tasks, questions.task_data)
-    except LosaError as error:
-        return str(error)
-    without = [name for name, task in prepared.items() if "acc" not in task.aggregation()]
-    return f"task {without[0]!r} has no accuracy (acc) among its metrics: leave it out" if without else ""
-
-
 def _check_flags(tables: Sequence[Table], flags: Settings) -> None:
     """Raise LosaError for the first flag that means nothing to all of the tables' cells."""
     for name in flags:
         if all(
             name in settings or (table.kind == "latency" and name not in LATENCY)
             for table in tables
-            for settings in table.cells.values()
+            for (row, _), settings in table.cells.items()
+            if row != DENSE
         ):
             names = ", ".join(table.name for table in tables)
             raise LosaError(f"--{name.replace('_', '-')} changes no cell of {names}: leave it out")
@@ -156,7 +147,7 @@ def _why_not(source: str, made: Recipe, kind: str) -> str:
     try:
         if kind == "latency":
             latency.check(source, made)
-        else:
+        elif kind == "compress":
             inputs.check(source, made, None)
         return ""
     except LosaError as error:
@@ -166,16 +157,14 @@ def _why_not(source: str, made: Recipe, kind: str) -> str:
 # --------------------------------------------------------------------------------------------- what decides a result
 
 
-def key_of(made: Recipe, kind: str, about: dict[str, str], questions: Evaluation | None = None) -> str:
+def key_of(made: Recipe, kind: str, about: dict[str, str]) -> str:
     """A short hash of what decides the result of a cell."""
     settings = decisive(made.to_json())
     what: dict[str, Any] = {"format": FORMAT, "kind": kind, "losa": __version__, "recipe": settings, **about}
     if kind == "latency":
         what["machine"] = _machine(made)
-    else:
+    elif kind == "compress":
         what["texts"] = {name: _text(getattr(made, name)) for name in ("calibration", "train_data", "eval_data")}
-    if questions:
-        what |= {"tasks": {name: _rows(name, questions) for name in questions.tasks}, "limit": questions.limit}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -203,15 +192,6 @@ def _text(source: str) -> str:
     if source and sources.place_of(source) == "file":
         return hashlib.sha256(_some(Path(source).expanduser())).hexdigest()
     return f"{source} of Python {platform.python_version()}" if source.startswith("demo") else source
-
-
-def _rows(task: str, questions: Evaluation) -> str:
-    """Of a task: the bytes of its local rows or of its definition, or the name."""
-    if task in questions.task_data:
-        return hashlib.sha256(_some(local.find(task, Path(questions.task_data[task]).expanduser()))).hexdigest()
-    if Path(task).is_file():
-        return hashlib.sha256(_some(Path(task))).hexdigest()
-    return f"{task} of Python {platform.python_version()}" if task.startswith("demo") else task
 
 
 def _some(path: Path) -> bytes:
@@ -254,8 +234,8 @@ class Cells:
         return self.output / "cells" / f"{cell.key}.json"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """What is kept of a cell, None if nothing is, or what is was made with another default. Raises LosaError for a
-        damaged file."""
+        """What is kept of a cell, None if nothing is, or what is was made with another default; what it answered to the cell's
+        questions is among what was measured. Raises LosaError for a damaged file."""
         path = self.path(cell)
         if not path.is_file():
             return None
@@ -263,27 +243,71 @@ class Cells:
             found: dict[str, Any] = json.loads(path.read_text())
             asked = cell.recipe.to_json() if cell.recipe else {}
             same = all(asked.get(n) == v for n, v in found["recipe"].items() if n in asked and n not in ELSEWHERE)
-            return found if same and found["measured"] else None
+            if not same:
+                return None
+            if cell.questions:
+                found["measured"] |= found.get("answers", {}).get(cell.questions.key, {})
+            return found
         except (ValueError, KeyError, TypeError, AttributeError):
             raise LosaError(f"{path} is damaged: remove it, and its cell is run again") from None
 
+    def state(self, cell: Cell) -> str:
+        """there, to run, or why it cannot be. What can be measured but not asked, and was, is there."""
+        if cell.impossible:
+            return cell.impossible
+        found = self.read(cell)
+        if cell.measured and found is None:
+            return TO_RUN
+        if not self.unanswered(cell, found):
+            return THERE
+        return TO_RUN if not cell.unasked else THERE if cell.measured else cell.unasked
+
+    @staticmethod
+    def unanswered(cell: Cell, found: dict[str, Any] | None) -> bool:
+        """Whether there are questions for a cell that what was found of it (`read`) does not answer."""
+        return cell.questions is not None and (found is None or "accuracy" not in found["measured"])
+
     def run(self, cell: Cell, progress: Progress) -> bool:
-        """Run a cell and keep it, if it is not there and no other process works on it. Returns whether it did."""
+        """Run what is missing of a cell and keep it, unless another process works on it. Returns whether it did.
+
+        What was measured is kept before the model is asked, and stays as it is if the model has to be made again to be asked.
+        """
         with self._claimed(cell) as mine:
-            if not mine or self.read(cell) is not None:
+            if not mine or self.state(cell) != TO_RUN:
                 return False
-            began = time.monotonic()
             assert cell.recipe is not None
-            timing = cell.kind == "latency"
-            measured = latency.measure(cell.source, cell.recipe) if timing else self._compress(cell, progress)
-            kept = {"format": FORMAT, "losa": __version__, "source": cell.source, "kind": cell.kind}
-            kept |= {"took": round(time.monotonic() - began, 1), "recipe": cell.recipe.to_json(), "measured": measured}
-            with writing(self.output, ""):
-                write_json(self.path(cell), kept)
-                if cell.key_unasked:
-                    write_json(self.path(cell).with_stem(cell.key_unasked), kept | {"kind": "compress"})
-            shutil.rmtree(self._run(cell), ignore_errors=True)
+            kept, folder = self.read(cell), self._run(cell)
+            asks = self.unanswered(cell, kept) and not cell.unasked
+            made = cell.kind == "dense" or (folder / "losa.json").is_file()
+            if kept is None or (asks and not made):
+                began = time.monotonic()
+                measured = self._measure(cell, progress)
+                if kept is None:
+                    about = {"format": FORMAT, "losa": __version__, "source": cell.source, "kind": cell.kind}
+                    about |= {"took": round(time.monotonic() - began, 1), "recipe": cell.recipe.to_json()}
+                    self._keep(cell, about | {"measured": measured})
+            if asks:
+                self._ask(cell, progress)
+            shutil.rmtree(folder, ignore_errors=True)
             return True
+
+    def _ask(self, cell: Cell, progress: Progress) -> None:
+        """Put the answers of the cell's model beside what was measured."""
+        assert cell.recipe is not None and cell.questions is not None
+        asked = cell.source if cell.kind == "dense" else str(self._run(cell))
+        answers = {cell.questions.key: cell.questions.ask(asked, cell.recipe, progress)}
+        kept = json.loads(self.path(cell).read_text())
+        self._keep(cell, kept | {"answers": kept.get("answers", {}) | answers})
+
+    def _keep(self, cell: Cell, kept: dict[str, Any]) -> None:
+        with writing(self.output, ""):
+            write_json(self.path(cell), kept)
+
+    def _measure(self, cell: Cell, progress: Progress) -> dict[str, Any]:
+        if cell.kind == "dense":
+            return {}
+        assert cell.recipe is not None
+        return latency.measure(cell.source, cell.recipe) if cell.kind == "latency" else self._compress(cell, progress)
 
     def _run(self, cell: Cell) -> Path:
         return self.output / "runs" / cell.key
@@ -335,15 +359,7 @@ class Cells:
             "rates": statistics.mean(spent["rates"]) if "rates" in spent else None,
             "errors": sum(spent["dense features"]) if "dense features" in spent else None,
             "phases": {name: round(sum(values), 3) for name, values in spent.items()},
-        } | self._answers(cell)
-
-    def _answers(self, cell: Cell) -> dict[str, Any]:
-        """What the result of a zero-shot cell answers: scores by task, and the mean of their accuracies."""
-        if cell.questions is None:
-            return {}
-        assert cell.recipe is not None
-        found = evaluate.evaluate(str(self._run(cell)), cell.questions, cell.recipe)
-        return {"accuracy": found["mean"]["acc"], "tasks": found["tasks"]}
+        }
 
     @staticmethod
     def _may_resume(folder: Path, cell: Cell) -> bool:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from losa import registry
 from losa.errors import LosaError
 from losa.experiments import show, tables
-from losa.experiments.cells import Cell, Cells, gather, questions_of, why_unasked
+from losa.experiments.cells import THERE, TO_RUN, Cell, Cells, gather
+from losa.experiments.questions import Questions
 from losa.progress import Progress
 from losa.units import duration
 
@@ -60,38 +62,42 @@ def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[
     chosen = tables.chosen(asked.names)
     asks = any(table.kind == "zero-shot" for table in chosen)
     if (asked.tasks or asked.task_data or asked.limit) and not asks:
-        raise LosaError(
-            "--tasks, --task-data and --limit are for the experiment zero-shot: name it, too, or leave them out"
-        )
+        raise LosaError("--tasks, --task-data and --limit are for the experiment zero-shot: name it, too")
     assert asked.output is not None
     kept = Cells(asked.output)
     cells: list[Cell] = []
     for source in asked.models:
         base = asked.recipe or ("demo" if source == "demo" else "paper")
-        questions = questions_of(source, asked.tasks, asked.task_data, asked.limit)
-        unasked = why_unasked(questions) if asks and not asked.cached else ""
-        cells += gather(source, chosen, base, flags, asked.seeds, questions, unasked)
+        questions = Questions(source, asked.tasks, asked.task_data, asked.limit)
+        cells += gather(source, chosen, base, flags, asked.seeds, questions)
     if asked.markdown:
         show.check_markdown(asked.markdown, show.names(chosen, asked.models))
-    possible = [cell for cell in cells if not cell.impossible]
+    if not asked.cached:
+        _ask_whether(cells, kept, progress)
     if asked.dry_run:
         return foretell(kept, cells)
     ran = 0
     if not asked.cached:
         part, parts = asked.share()
-        mine = [cell for number, cell in enumerate(possible) if number % parts == part - 1]
+        mine = [cell for number, cell in enumerate(cells) if number % parts == part - 1]
         for number, cell in enumerate(mine, 1):
-            if kept.read(cell) is None:
+            if kept.state(cell) == TO_RUN:
                 progress.say(f"cell {number}/{len(mine)}, {cell.name}")
                 if kept.run(cell, progress):
                     ran += 1
                 else:
                     progress.say("another process works on it, or has just finished it")
-    found = {cell.key: result for cell in possible if (result := kept.read(cell)) is not None}
+    found = {cell.key: result for cell in cells if not cell.impossible and (result := kept.read(cell)) is not None}
+    states = [kept.state(cell) for cell in cells]
     shown = show.collect(chosen, cells, found)
     summary = {
         "output": str(asked.output),
-        "cells": {"all": len(cells), "ran": ran, "there": len(found), "impossible": len(cells) - len(possible)},
+        "cells": {
+            "all": len(cells),
+            "ran": ran,
+            "there": states.count(THERE),
+            "impossible": sum(state not in (THERE, TO_RUN) for state in states),
+        },
         "tables": [grid.to_json() for grid in shown],
     }
     show.write(asked.output, shown, summary)
@@ -102,20 +108,37 @@ def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[
     return summary
 
 
+def _ask_whether(cells: list[Cell], kept: Cells, progress: Progress) -> None:
+    """Find out before anything runs which cells cannot be asked what they have not answered yet: of each it becomes `unasked`.
+
+    Raises LosaError if nothing is left that can be.
+    """
+    for cell in cells:
+        if cell.questions and not cell.impossible and kept.unanswered(cell, kept.read(cell)):
+            cell.unasked = cell.questions.refusal or _misses_peft(cell)
+    if all(kept.state(cell) not in (THERE, TO_RUN) for cell in cells):
+        raise LosaError(kept.state(cells[0]))
+    for reason in dict.fromkeys(cell.unasked for cell in cells if cell.unasked):
+        progress.say(f"zero-shot: {reason}")
+
+
+def _misses_peft(cell: Cell) -> str:
+    """A model with a LoRA beside it is loaded by PEFT."""
+    apart = cell.recipe is not None and cell.recipe.trains and not registry.get("recovery", cell.recipe.recovery).merges
+    return "a LoRA kept apart needs PEFT: pip install peft" if apart and not importlib.util.find_spec("peft") else ""
+
+
 def foretell(kept: Cells, cells: list[Cell]) -> dict[str, Any]:
     """Which cells there are, which of them are there, and about how long the others take, from those that are."""
     took: dict[tuple[str, bool], list[float]] = {}
     listed = []
     for cell in cells:
-        result = kept.read(cell) if cell.key and not cell.impossible else None
-        if result is not None:
+        state = kept.state(cell)
+        if not cell.impossible and (result := kept.read(cell)) is not None:
             took.setdefault(_like(cell), []).append(result["took"])
-        listed.append({"name": cell.name, "key": cell.key, "there": result is not None, "impossible": cell.impossible})
-    missing = [cell for cell, line in zip(cells, listed, strict=True) if not line["there"] and not cell.impossible]
-    free = {cell.key_unasked for cell in missing}
-    for line in listed:
-        line["comes_along"] = line["key"] in free and not line["there"]
-    missing = [cell for cell in missing if cell.key not in free]
+        why = state if state not in (THERE, TO_RUN) else ""
+        listed.append({"name": cell.name, "key": cell.key, "there": state == THERE, "impossible": why})
+    missing = [cell for cell in cells if kept.state(cell) == TO_RUN]
     known = [statistics.mean(took[_like(cell)]) for cell in missing if _like(cell) in took]
     seconds = round(sum(known) * len(missing) / len(known)) if known else None
     return {"cells": listed, "missing": len(missing), "seconds": seconds if missing else 0}
@@ -130,8 +153,7 @@ def say_foretold(found: dict[str, Any]) -> str:
     """The cells, one a line, and the sum."""
     lines = []
     for line in found["cells"]:
-        to_run = "comes with the same one of zero-shot" if line["comes_along"] else "to run"
-        state = f"cannot be: {line['impossible']}" if line["impossible"] else "there" if line["there"] else to_run
+        state = f"cannot be: {line['impossible']}" if line["impossible"] else "there" if line["there"] else "to run"
         lines.append(f"{line['key'] or '-':16}  {line['name']}: {state}")
     if found["missing"] and found["seconds"] is None:
         lines.append(f"{found['missing']} cells to run; how long they take is known once the first is there")

@@ -79,7 +79,7 @@ class Grid:
     def markdown(self) -> str:
         """The table, what the paper claims, and whether it holds."""
         if not self.entries:
-            told = [f"- The paper: {claim}." for claim, _ in self.verdicts]
+            told = [f"- The paper: {claim}." for claim, _ in self.verdicts] + [f"- {note}" for note in self.notes]
             return "\n".join([f"**{self.title}.** Nothing of it has been run yet.", "", *told]).rstrip() + "\n"
         lines = [f"**{self.title}.** {self.caption}", ""]
         lines += ["| " + " | ".join(line) + " |" for line in (self.header, ["---"] * len(self.header), *self.rows)]
@@ -110,7 +110,8 @@ def names(chosen: Sequence[Table], sources: Sequence[str]) -> list[str]:
 
 def _grid(table: Table, source: str, cells: list[Cell], found: dict[str, dict[str, Any]]) -> Grid:
     measured = _values(table, cells, found)
-    dense = sorted({r["measured"]["dense"] for cell in cells if (r := found.get(cell.key)) and cell.kind != "latency"})
+    runs = [cell for cell in cells if cell.kind == "compress" and cell.recipe]
+    dense = sorted({r["measured"]["dense"] for cell in runs if (r := found.get(cell.key))})
     vectors = table.measures == ("by_block",)
     many = len(table.measures) > 1
     columns = [(column, measure) for column in table.columns for measure in table.measures]
@@ -126,9 +127,11 @@ def _grid(table: Table, source: str, cells: list[Cell], found: dict[str, dict[st
         blocks = sorted({entry["block"] for entry in entries})
         at = {(e["block"], e["column"]): e["mean"] for e in entries}
         rows = [[str(b), *(NAMES["by_block"][1](at[b, c]) if (b, c) in at else "" for c, _ in columns)] for b in blocks]
-    caption = _caption([cell for cell in cells if cell.recipe], dense)
+    caption = _caption(runs, [] if table.kind == "zero-shot" else dense)
     if table.kind == "zero-shot":
-        caption += _asked([r["measured"]["tasks"] for cell in cells if (r := found.get(cell.key))])
+        answered = [r["measured"] for cell in cells if (r := found.get(cell.key)) and "accuracy" in r["measured"]]
+        caption += _asked([measured["tasks"] for measured in answered])
+        entries += _by_task(table, source, cells, found)
     if table.kind == "latency":
         caption = _where([r["measured"] for cell in cells if (r := found.get(cell.key))])
     verdicts = [
@@ -136,6 +139,8 @@ def _grid(table: Table, source: str, cells: list[Cell], found: dict[str, dict[st
     ]
     why = {(place, cell.impossible) for cell in cells if cell.impossible for t, place in cell.places if t == table.name}
     notes = [f"{', '.join(part for part in place if part)}: cannot be, {reason}" for place, reason in sorted(why)]
+    if table.kind == "zero-shot":
+        notes += dict.fromkeys(f"cannot be asked: {cell.unasked}" for cell in cells if cell.unasked)
     first = "block" if vectors else ""
     return Grid(table.name, source, table.title, caption, [first, *titles], rows, entries, verdicts, notes)
 
@@ -186,7 +191,7 @@ def _caption(cells: list[Cell], dense: list[float]) -> str:
         said.append(
             f"Dense {number(dense[0])}" if len(dense) == 1 else f"Dense {number(dense[0])} to {number(dense[-1])}"
         )
-    if cells and cells[0].kind != "latency":
+    if cells:
         recipes = [cell.recipe.to_json() for cell in cells if cell.recipe]
         for name in SAID:
             values = {json.dumps(recipe[name]) for recipe in recipes}
@@ -200,11 +205,24 @@ def _caption(cells: list[Cell], dense: list[float]) -> str:
 
 
 def _asked(scores: list[dict[str, Any]]) -> str:
-    """Which tasks, and how many questions of each."""
+    """Which tasks, how many questions of each, and how far chance can move their mean."""
     if not scores:
         return ""
-    counts = {name: of["rows"] for name, of in scores[0].items()}
-    return f" Questions: {', '.join(f'{name} {found:,}' for name, found in counts.items())}."
+    counts = ", ".join(f"{name} {of['rows']:,}" for name, of in scores[0].items())
+    errors = [math.hypot(*(of["acc_stderr"] for of in each.values())) / len(each) for each in scores]
+    said = f" Questions: {counts}; standard error {max(errors):.3f} at most"
+    cut = max(sum(of["cut"] for of in each.values()) for each in scores)
+    return said + (f"; {cut} cut at the front." if cut else ".")
+
+
+def _by_task(table: Table, source: str, cells: list[Cell], found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The accuracy in every single task."""
+    scores: dict[tuple[Place, str], list[float]] = {}
+    for cell in cells:
+        for name, of in found.get(cell.key, {"measured": {}})["measured"].get("tasks", {}).items():
+            for place in (place for t, place in cell.places if t == table.name):
+                scores.setdefault((place, name), []).append(of["acc"])
+    return [_entry(table, source, *place, name, None, values) for (place, name), values in scores.items()]
 
 
 def _where(timed: list[dict[str, Any]]) -> str:
@@ -345,7 +363,7 @@ def picture(grids: list[Grid]) -> str | None:
         if not grid.entries:
             continue
         figure = go.Figure()
-        kinds = list(dict.fromkeys(entry["measure"] for entry in grid.entries))
+        kinds = list(dict.fromkeys(entry["measure"] for entry in grid.entries if entry["measure"] in NAMES))
         lines = _lines(grid, kinds)
         for name, points in lines.items():
             xs, ys, spread = zip(*points, strict=True)
@@ -375,7 +393,7 @@ def _lines(grid: Grid, kinds: list[str]) -> dict[str, list[tuple[Any, float, flo
     """What is drawn: a line a row over the columns, or a single one over the rows; blocks along the axis where there are."""
     columns = {entry["column"] for entry in grid.entries}
     made: dict[str, list[tuple[Any, float, float | None]]] = {}
-    for entry in grid.entries:
+    for entry in (entry for entry in grid.entries if entry["measure"] in kinds):
         point = (entry["mean"], entry["deviation"])
         if entry["block"] is not None:
             made.setdefault(entry["column"], []).append((entry["block"], *point))
