@@ -146,6 +146,17 @@ def settings(text: Path) -> dict[str, Any]:
     return two_steps(text)
 
 
+def for_cells(settings: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `losa experiment`: a cell takes about half a second."""
+    left_out = ("sparsity", "steps", "mean_rank", "sample_tokens")
+    return {k: v for k, v in settings.items() if k not in left_out} | {"train_samples": 12, "eval_tokens": 200}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
 def two_steps(text: Path) -> dict[str, Any]:
     """A run of two steps that takes about a second."""
     return dict(

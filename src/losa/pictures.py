@@ -4,26 +4,14 @@ Of one run, steps are told apart by shade; of several, runs by colour, each as i
 by name (`meta`), because the page paints them for light or dark.
 """
 
-import html
-import importlib
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-from losa.errors import LosaError
-from losa.story import NAMES, Story
+from losa.curves import training
+from losa.drawing import Picture, Table, literal, look_of, picture, plotly
+from losa.story import Story
 
-Table = list[Sequence[Any]]
-SYMBOLS = {
-    "dense": "diamond",
-    "as it came": "diamond",
-    "fine-tuned": "square",
-    "pruned": "x",
-    "recovered": "circle",
-}
-GREY = 7  # among the page's colours
-DOTS = 60  # so many updates and fewer have a dot each: a step may have but one, which makes no line
 PHASES = {  # as they come; what each takes part in
     "reading": "reading data",
     "loading": "loading the model",
@@ -41,123 +29,11 @@ PHASES = {  # as they come; what each takes part in
 }
 
 
-@dataclass
-class Picture:
-    """`rows` under `columns` are what `figure` (plotly's JSON) shows."""
-
-    id: str
-    title: str
-    note: str
-    figure: dict[str, Any]
-    columns: list[str]
-    rows: Table
-
-
 def pictures(stories: list[Story]) -> list[list[Picture]]:
     """Every picture that the runs have something to show in, in reading order; those that belong together in a row."""
     rows = ([training], [sparsity, deviation], [rmi, evidence, errors, ranks], [seconds, memory])
     made = [[picture for make in makers if (picture := make(stories)) is not None] for makers in rows]
     return [row for row in made if row]
-
-
-def training(stories: list[Story]) -> Picture | None:
-    """Loss of every update; perplexity after every pruning and every recovery."""
-    go, subplots = _plotly()
-    by_update = all(story.updates for story in stories)  # else by step: without updates, all would lie at none
-    walks = [_walk(story, by_update) for story in stories]
-    learned, walked, several = any(story.updates for story in stories), any(walks), len(stories) > 1
-    if not learned and not walked:
-        return None
-    panels = learned + walked
-    figure = subplots.make_subplots(
-        rows=panels,
-        cols=1,
-        shared_xaxes=by_update,
-        vertical_spacing=0.07 if by_update else 0.2,
-        row_heights=[0.55, 0.45] if panels == 2 else [1],
-    )
-    rows: Table = []
-    for number, (story, points) in enumerate(zip(stories, walks, strict=True)):
-        starts, end = _starts(story)
-        # a line a step: what is pruned between two of them makes the loss jump
-        places: list[int] = []
-        losses: list[float | None] = []
-        means: list[float | None] = []
-        for step, made in itertools.groupby(story.updates, lambda update: update["step"]):
-            updates = list(made)
-            if losses:
-                places, losses, means = [*places, places[-1]], [*losses, None], [*means, None]
-            found = [update["loss"] for update in updates]
-            places += [starts[step] + update["update"] for update in updates]
-            losses += found
-            means += _smoothed(found)
-        look = _look(number, stories)
-        if losses:
-            legend = {"legendgroup": f"run {number}", "name": _label(story.name)}
-            thin = {
-                "line": {"width": 1},
-                "opacity": 0.4,
-                "hovertemplate": "update %{x}: %{y:.3f}" + _extra(stories),
-                "showlegend": False,
-            }
-            dots = {"mode": "lines" if len(losses) > DOTS else "lines+markers", "marker": {"size": 4}}
-            figure.add_trace(go.Scatter(x=places, y=losses, meta=look, **dots, **thin, **legend), row=1, col=1)
-            smooth = {
-                "line": {"width": 2.5},
-                "hovertemplate": "mean around update %{x}: %{y:.3f}" + _extra(stories),
-            }
-            figure.add_trace(
-                go.Scatter(x=places, y=means, mode="lines", meta=look, showlegend=several, **smooth, **legend),
-                row=1,
-                col=1,
-            )
-        if points:
-            x, names, y = zip(*points, strict=True)
-            figure.add_trace(
-                go.Scatter(
-                    x=x,
-                    y=y,
-                    text=names,
-                    mode="lines+markers",
-                    meta=look,
-                    showlegend=not losses and several,
-                    name=_label(story.name),
-                    hovertemplate="%{text}: %{y:.2f}" + _extra(stories),
-                    marker={"size": 9, "symbol": [SYMBOLS[_kind(name)] for name in names]},
-                ),
-                row=panels,
-                col=1,
-            )
-        for update in story.updates:
-            place = starts[update["step"]] + update["update"]
-            rows.append((story.name, place, f"step {update['step']}", "loss", update["loss"]))
-        rows += [(story.name, x_, name, "perplexity", value) for x_, name, value in points]
-        if not several:
-            for record in story.history:
-                at = starts.get(record["step"], end) if by_update else record["step"]
-                _boundary(figure, at, record["mean_sparsity"])
-    for kind in dict.fromkeys(_kind(name) for points in walks for _, name, _ in points):
-        key: dict[str, Any] = {"mode": "markers", "marker": {"size": 9, "symbol": SYMBOLS[kind]}, "legend": "legend2"}
-        look = {"color": GREY} if several else _look(0, stories)
-        figure.add_trace(go.Scatter(x=[None], y=[None], name=kind, meta=look, **key), row=panels, col=1)
-    told = []
-    if learned:
-        told.append("loss of every update (thick: its mean with its neighbours in the same step)")
-        figure.update_yaxes(title_text="loss (nats a token)", row=1, col=1)
-        if not (walked and by_update):  # else the axis below is this one's, too
-            figure.update_xaxes(title_text="updates of recovery", row=1, col=1)
-    if walked:
-        told.append("perplexity after every pruning and every recovery")
-        figure.update_yaxes(title_text="perplexity", row=panels, col=1)
-        axis = {"title_text": "updates of recovery"} if by_update else {"title_text": "step", "dtick": 1}
-        figure.update_xaxes(**axis, row=panels, col=1)
-    note = "; ".join(told) + "."
-    if not several:
-        note += " The model was pruned to the share shown at the dotted lines."
-    title = " and ".join(["Loss"] * learned + ["perplexity"] * walked)
-    columns = ["run", "update" if by_update else "update or step" if learned else "step", "when", "what", "value"]
-    height = 510 if panels == 2 else 350
-    return _picture("training", _upper(title), _upper(note), figure, columns, rows, height)
 
 
 def sparsity(stories: list[Story]) -> Picture | None:
@@ -191,7 +67,7 @@ def errors(stories: list[Story]) -> Picture | None:
 
 def rmi(stories: list[Story]) -> Picture | None:
     """RMI of every pair of blocks; a slider goes through the steps, or the runs."""
-    go, _ = _plotly()
+    go, _ = plotly()
     found: list[tuple[str, list[list[float]]]] = []
     for story in stories:
         steps = [(step, seen["rmi"]) for step, seen in sorted(story.evidence.items()) if "rmi" in seen]
@@ -218,7 +94,7 @@ def rmi(stories: list[Story]) -> Picture | None:
     if len(found) > 1:
         steps_ = [
             {
-                "label": _label(label),
+                "label": literal(label),
                 "method": "restyle",
                 "args": [{"visible": [other == number for other in range(len(found))]}],
             }
@@ -237,7 +113,7 @@ def rmi(stories: list[Story]) -> Picture | None:
     ]
     note = "How much two blocks' outputs tell the same; a block that repeats the others is pruned more"
     columns = ["run" if len(stories) > 1 else "step", "block", "other block", "RMI"]
-    return _picture("rmi", "What blocks share (RMI)", note, figure, columns, rows)
+    return picture("rmi", "What blocks share (RMI)", note, figure, columns, rows)
 
 
 def evidence(stories: list[Story]) -> Picture | None:
@@ -259,7 +135,7 @@ def evidence(stories: list[Story]) -> Picture | None:
                 step: _percent(seen["outliers"]) for step, seen in story.evidence.items() if "outliers" in seen
             },
         )
-    go, _ = _plotly()
+    go, _ = plotly()
     story, figure = stories[0], go.Figure()
     rows: Table = []
     step = max(story.evidence)
@@ -271,7 +147,7 @@ def evidence(stories: list[Story]) -> Picture | None:
         hover = "%{x}% pruned: %{y:.4g}"
         figure.add_trace(
             go.Scatter(
-                x=_percent(rates), y=found, name=_label(name), meta=shade, mode="lines+markers", hovertemplate=hover
+                x=_percent(rates), y=found, name=literal(name), meta=shade, mode="lines+markers", hovertemplate=hover
             )
         )
         rows += [(name, rate, error) for rate, error in zip(rates, found, strict=True)]
@@ -279,12 +155,12 @@ def evidence(stories: list[Story]) -> Picture | None:
     figure.update_xaxes(title_text="pruned (%)")
     figure.update_yaxes(title_text="error (relative, squared)")
     note = f"Error of each unit at the rates tried in step {step}; where it costs least, more is pruned"
-    return _picture("probes", "What pruning costs", note, figure, ["unit", "rate", "error"], rows)
+    return picture("probes", "What pruning costs", note, figure, ["unit", "rate", "error"], rows)
 
 
 def seconds(stories: list[Story]) -> Picture | None:
     """Where the time went: bars by phase, of one run split by step."""
-    go, _ = _plotly()
+    go, _ = plotly()
     figure = go.Figure()
     rows: Table = []
     order = _phases(stories)
@@ -300,12 +176,12 @@ def seconds(stories: list[Story]) -> Picture | None:
                 for name in order
             }
             named = story.name if step is None else str(step) if step else "once"
-            look = _look(number, stories) if step is None else {"shade": step / max(1, *steps), "fill": True}
+            look = look_of(number, stories) if step is None else {"shade": step / max(1, *steps), "fill": True}
             figure.add_trace(
                 go.Bar(
                     y=[PHASES.get(name, name) for name in order],
                     x=list(spent.values()),
-                    name=_label(named),
+                    name=literal(named),
                     orientation="h",
                     meta=look | {"fill": True},
                     hovertemplate="%{y}: %{x:.1f} s" + (f"<extra>step {step}</extra>" if step else ""),
@@ -321,12 +197,12 @@ def seconds(stories: list[Story]) -> Picture | None:
     figure.update_xaxes(title_text="seconds")
     figure.update_yaxes(autorange="reversed")
     columns = ["step" if single else "run", "phase", "seconds"]
-    return _picture("seconds", "Where the time went", "Seconds of each phase", figure, columns, rows)
+    return picture("seconds", "Where the time went", "Seconds of each phase", figure, columns, rows)
 
 
 def memory(stories: list[Story]) -> Picture | None:
     """Peak of memory by phase: of the process, and of the device if there was one."""
-    go, _ = _plotly()
+    go, _ = plotly()
     figure = go.Figure()
     rows: Table = []
     order = _phases(stories)
@@ -338,14 +214,14 @@ def memory(stories: list[Story]) -> Picture | None:
             }
             if not any(peaks.values()):
                 continue
-            look = _look(number, stories) if len(stories) > 1 else {"color": 0 if kind == "memory" else 1}
+            look = look_of(number, stories) if len(stories) > 1 else {"color": 0 if kind == "memory" else 1}
             devices = any(phase.get("device_memory") for phase in story.phases)
             named = what if len(stories) == 1 else f"{story.name}, {what}" if devices else story.name
             figure.add_trace(
                 go.Bar(
                     y=[PHASES.get(name, name) for name in order],
                     x=[peak and peak / 1e9 for peak in peaks.values()],
-                    name=_label(named),
+                    name=literal(named),
                     orientation="h",
                     meta=look | {"fill": True},
                     hovertemplate="%{y}: %{x:.3f} GB",
@@ -358,7 +234,7 @@ def memory(stories: list[Story]) -> Picture | None:
     figure.update_xaxes(title_text="GB at its peak")
     figure.update_yaxes(autorange="reversed")
     note = "The most memory that was held in each phase, libraries and mapped files included"
-    return _picture("memory", "Where the memory went", note, figure, ["whose", "phase", "bytes"], rows)
+    return picture("memory", "Where the memory went", note, figure, ["whose", "phase", "bytes"], rows)
 
 
 # ------------------------------------------------------------------------------------------------------- the parts
@@ -389,13 +265,13 @@ def _lines(
     zero: bool = False,
 ) -> Picture | None:
     """A line a step over the blocks; of several runs, a line each, of the last step."""
-    go, _ = _plotly()
+    go, _ = plotly()
     figure, several = go.Figure(), len(stories) > 1
     lines: list[tuple[str, dict[str, Any], str, list[Any]]] = []
     for number, story in enumerate(stories):
         found = sorted(of(story).items())
         for step, values in found[-1:] if several else found:
-            look = _look(number, stories) if several else {"shade": step / max(1, len(found))}
+            look = look_of(number, stories) if several else {"shade": step / max(1, len(found))}
             where = "block %{x}: %{y:.4g}" + ("" if several else f"<extra>step {step}</extra>")
             lines.append((story.name if several else str(step), look, where, values))
     if not lines:
@@ -409,7 +285,7 @@ def _lines(
             go.Scatter(
                 x=list(range(len(values))),
                 y=values,
-                name=_label(named),
+                name=literal(named),
                 mode="lines+markers",
                 meta=look,
                 line={"width": 2 + wider},
@@ -422,41 +298,7 @@ def _lines(
     figure.update_yaxes(title_text=axes[1], zeroline=zero)
     figure.update_layout(legend_title_text=None if several else "step")
     columns = ["run" if several else "step", "block", axes[1]]
-    return _picture(id_, title, note + ".", figure, columns, rows)
-
-
-def _picture(
-    id_: str,
-    title: str,
-    note: str,
-    figure: Any,
-    columns: list[str],
-    rows: Table,
-    height: int = 340,
-) -> Picture:
-    figure.update_layout(height=height, template=None)
-    figure.update_traces(selector={"type": "scatter"}, cliponaxis=False)
-    note = note if note.endswith(".") else note + "."
-    return Picture(id_, title, note, figure.to_plotly_json(), columns, rows)
-
-
-def _walk(story: Story, by_update: bool) -> list[tuple[int, str, float]]:
-    """Perplexities as they came: (place, what it is of, value), places by update or by step; none if there is but one."""
-    starts, end = _starts(story)
-    named = {"dense": 0, "finetuned": starts[1] if by_update else 0, "before": 0}
-    points: list[tuple[int, str, Any]] = [
-        (named[name], NAMES[name], found.get("sample_perplexity"))
-        for name, found in story.measurements.items()
-        if name in NAMES
-    ]
-    for record in story.history:
-        step, found = record["step"], record["perplexity"]
-        points.append((starts.get(step, end) if by_update else step, f"pruned, step {step}", found.get("pruned")))
-        if "recovered" in found:
-            done = starts.get(step + 1, end) if by_update else step
-            points.append((done, f"recovered, step {step}", found["recovered"]))
-    points = [point for point in points if point[2] is not None]
-    return points if len(points) > 1 else []
+    return picture(id_, title, note + ".", figure, columns, rows)
 
 
 def _wider(lines: list[list[float]]) -> list[float]:
@@ -475,44 +317,6 @@ def _wider(lines: list[list[float]]) -> list[float]:
     return [min(4, 10 / max(1, *under)) * count for count in under]
 
 
-def _kind(name: str) -> str:
-    """pruned, of "pruned, step 2"."""
-    return name.partition(",")[0]
-
-
-def _starts(story: Story) -> tuple[dict[int, int], int]:
-    """How many updates were made before each step, and in all."""
-    starts, made = {}, 0
-    for step in range(int(story.recipe.get("steps", 1)) + 1):  # step 0 is fine-tuning, if there is any
-        starts[step] = made
-        made += max((update["of"] for update in story.updates if update["step"] == step), default=0)
-    last = story.updates[-1] if story.updates else None
-    return starts, starts[last["step"]] + last["update"] if last else 0
-
-
-def _boundary(figure: Any, at: int, reached: float) -> None:
-    figure.add_vline(x=at, line={"width": 1, "dash": "dot"})
-    text = f"{reached:.1%}".replace(".0%", "%")
-    figure.add_annotation(
-        x=at, xref="x", y=1, yref="paper", yanchor="bottom", xanchor="center", showarrow=False, text=text
-    )
-
-
-def _smoothed(values: list[float]) -> list[float]:
-    """The mean of each and its neighbours on both sides, a twentieth of them all."""
-    half = max(1, len(values) // 40)
-    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - half) : i + half + 1])]
-
-
-def _extra(stories: list[Story]) -> str:
-    """Of several runs, plotly says the name beside a hovering label; a name in the template itself might be taken for one."""
-    return "" if len(stories) > 1 else "<extra></extra>"
-
-
-def _look(number: int, stories: list[Story]) -> dict[str, Any]:
-    return {"color": number % 8} if len(stories) > 1 else {"shade": 1}
-
-
 def _phases(stories: list[Story]) -> list[str]:
     there = {phase["phase"] for story in stories for phase in story.phases}
     return [name for name in PHASES if name in there] + sorted(there - PHASES.keys())
@@ -524,19 +328,3 @@ def _percent(values: list[float]) -> list[float]:
 
 def _tick(count: int) -> int:
     return next(step for step in (1, 2, 4, 8, 16, 32, count) if count <= 16 * step)
-
-
-def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
-def _label(text: str) -> str:
-    """As plotly shows it letter for letter: it knows some tags."""
-    return html.escape(text, quote=False)
-
-
-def _plotly() -> tuple[Any, Any]:
-    try:
-        return importlib.import_module("plotly.graph_objects"), importlib.import_module("plotly.subplots")
-    except ImportError:
-        raise LosaError("losa report draws with plotly, which is not installed: pip install plotly") from None
