@@ -210,8 +210,9 @@ class Reader:
         """The command with settings that make it quick; a folder that holds a run already is replaced."""
         settings = SMALL_TRAINING | (SMALL if words[0] != "recover" else {})
         given = {word.partition("=")[0] for word in words}
-        if any(word.startswith("best") for word in words):
-            settings.pop("--mean-rank")  # it trains all kept weights
+        pairs = not any(word.startswith("best") for word in words)  # else it trains all kept weights
+        if not pairs or ["--recovery", "none"] in [words[i : i + 2] for i in range(len(words))]:
+            settings.pop("--mean-rank")
         if "--recipe" in words:
             files = [name for name in words[words.index("--recipe") + 1].split(",") if name.endswith(".json")]
             given |= {f"--{key.replace('_', '-')}" for file in files for key in json.loads(Path(file).read_text())}

@@ -311,3 +311,15 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda") == torch.device("cuda:1")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(LosaError, match="LOCAL_RANK is not set, and every process would take the first device"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert choose_device("cuda") == torch.device("cuda:0")  # each sees its own
+
+
+def test_processes_with_settings_of_another_command_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for first, other in ({"sparsity": 0.5}, {"source": "x"}), ({"source": "x"}, {"sparsity": 0.5}):
+        monkeypatch.setattr(distributed, "gather", lambda _, pair=(first, other): list(pair))
+        with pytest.raises(LosaError, match=r"the processes differ in (sparsity|source): .*'nothing' in rank"):
+            distributed.check_alike({})

@@ -240,7 +240,7 @@ class Stream:
     def gram(self, samples: int) -> Tensor:
         """The centred Gram matrix [n, n] float64 of the first `samples` sequences' features, each sequence one vector (equation 6).
 
-        It pairs sequences of different processes: each is sent some of the features of all (equations.md, decision 8).
+        It pairs sequences of different processes: each is sent some of the features of all.
         """
         total = torch.zeros(samples, samples, dtype=torch.float64)
         step, processes = max(1, BATCH_TOKENS // samples), distributed.world()

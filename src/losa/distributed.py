@@ -37,6 +37,11 @@ def launched() -> int:
     return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else 1
 
 
+def neighbours() -> int:
+    """How many of them share this machine, as far as torchrun or whoever started them says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() > 1 else 1
+
+
 def leads() -> bool:
     """Whether this is the one that writes and prints: rank 0."""
     return launched() == 1 or int(os.environ["RANK"]) == 0
@@ -127,10 +132,11 @@ def check_alike(what: dict[str, Any]) -> None:
     """Raise LosaError, in all processes, naming the first of `what` (JSON) that is not the same in all."""
     first, *others = gather(what)
     for other, found in enumerate(others, 1):
-        for name in first:
-            if found[name] != first[name]:
+        for name in first | found:
+            here, there = first.get(name, "nothing"), found.get(name, "nothing")
+            if here != there:
                 raise LosaError(
-                    f"the processes differ in {name}: {first[name]!r} in rank 0, {found[name]!r} in rank {other}: start "
+                    f"the processes differ in {name}: {here!r} in rank 0, {there!r} in rank {other}: start "
                     "all with the same command, code and data"
                 )
 

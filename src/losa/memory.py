@@ -3,7 +3,9 @@
 All in bytes. Mapped files do not count: the system takes their memory back when it needs it.
 """
 
+import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from losa.recipe_checks import parse_size
 from losa.recovery import distillation, footprint
 from losa.recovery.low_rank import MaskedLowRank
 
-# Measured: Python with torch, transformers and datasets; and what glibc keeps of memory that recovery has freed. What it
-# keeps of pruning's are `_holes`, and nothing from disk (`heap.returned_at_once`).
-PROCESS, KEPT = 380e6, 150e6
+# Measured: Python with torch, transformers and datasets; what glibc keeps of memory that recovery has freed; and how much
+# its heap takes for what recovery has alive, whose holes the next tensors do not fit (0.9 to 1.3 times as much as is
+# counted). What it keeps of pruning's are `_holes`, and nothing from disk (`heap.returned_at_once`).
+PROCESS, KEPT, HEAP = 380e6, 150e6, 1.15
 WIKITEXT = 300_000  # tokens of evaluation text, where nobody knows yet
 
 
@@ -28,13 +31,16 @@ WIKITEXT = 300_000  # tokens of evaluation text, where nobody knows yet
 class Way:
     """How a run lives in its memory, and what it takes at its peak, by part; `memory` is the whole.
 
-    `free`: what there is, where that is less; `reason`: then, why the model cannot stay on disk.
+    host: what it takes of the machine's memory, where it computes on another device. `free`, `host_free`: what there is,
+    where that is less; `reason`: then, why the model cannot stay on disk.
     """
 
     from_disk: bool
     spill: bool
     parts: dict[str, float]
+    host: float = 0.0
     free: float | None = None
+    host_free: float | None = None
     reason: str = ""
 
     @property
@@ -44,11 +50,18 @@ class Way:
     @property
     def shortage(self) -> str:
         """What to say where there may be too little memory; empty where there is enough."""
-        if self.free is None:
-            return ""
-        held = f"; the model has to be in memory, for {self.reason}" if self.reason else ""
-        need, free = gigabytes(self.memory), gigabytes(self.free)
-        return f"memory may not suffice: about {need} is needed at the peak, {free} is free{held}"
+        said = []
+        if self.free is not None:
+            need, free = gigabytes(self.memory), gigabytes(self.free)
+            said.append(f"memory may not suffice: about {need} is needed at the peak, {free} is free")
+        if self.host_free is not None:
+            need, free = gigabytes(self.host), gigabytes(self.host_free)
+            said.append(
+                f"the machine's memory may not suffice: about {need} is needed to load the model, {free} is free"
+            )
+        if said and self.reason:
+            said.append(f"the model has to be in memory, for {self.reason}")
+        return "; ".join(said)
 
     def __str__(self) -> str:
         where = "on disk, block by block" if self.from_disk else "in memory"
@@ -74,15 +87,29 @@ def choose(source: Any, recipe: Recipe, config: Any, saves: bool = True, from_di
     if not found:
         raise LosaError("the run was begun from disk, which is for one process: resume it without torchrun")
     limit = parse_size("memory", recipe.memory) if recipe.memory else None
-    for way in found:
-        if way.memory <= (_free(source, way, recipe) if limit is None else limit):
+    judged = [_judged(source, way, recipe, limit) for way in found]
+    for way in judged:
+        if way.free is way.host_free is None:
             return way
-    least = min(found, key=lambda way: way.memory)
-    if limit is None:
-        return replace(least, free=_free(source, least, recipe), reason=reason)
+    least = min(judged, key=lambda way: way.memory)
+    if limit is None or least.free is None:
+        return replace(least, reason=reason)
     what = "one block of the model and what pruning it takes" if least.from_disk else "the model and what the run takes"
     note = f"; it has to be in memory, for {reason}" if reason else ""
-    raise LosaError(f"memory {recipe.memory} is too small for {what}: about {gigabytes(least.memory)} would do{note}")
+    raise LosaError(
+        f"memory {recipe.memory} is too small for {what}: about {gigabytes(least.memory, math.ceil)} would do{note}"
+    )
+
+
+def _judged(source: Any, way: Way, recipe: Recipe, limit: float | None) -> Way:
+    """The way with what is free, where that is less than it takes."""
+    free = _free(source, way, recipe) if limit is None else limit
+    # a loaded model has its place already
+    host_free = (
+        available(torch.device("cpu")) / distributed.neighbours() if way.host and isinstance(source, str) else None
+    )
+    short = host_free is not None and way.host > host_free
+    return replace(way, free=free if way.memory > free else None, host_free=host_free if short else None)
 
 
 def reason_for_memory(source: Any, recipe: Recipe, config: Any, saves: bool) -> str:
@@ -144,8 +171,9 @@ def ways(whole: Any, config: Any, recipe: Recipe) -> list[Way]:
                 "model": held + pairs,
                 "calibration": kept + pruning + holes,
                 "evaluation": evaluating + KEPT if evaluating else 0,
-                "recovery": training + KEPT if training else 0,
+                "recovery": HEAP * training + KEPT if training else 0,
             },
+            host=0.0 if device.type == "cpu" else float(parameters * size),
         )
 
     def on_disk(spill: bool) -> Way:
@@ -252,25 +280,25 @@ def _statistics(block: Block, pruner: Any) -> int:
     return total
 
 
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2g} GB" if count < 9.95e9 else f"{count / 1e9:.0f} GB"
+def gigabytes(count: float, rounded: Callable[[float], int] = round) -> str:
+    """Two digits, or whole gigabytes from ten on; `rounded` to these."""
+    digits = max(0, 1 - math.floor(math.log10(max(count, 1) / 1e9)))
+    return f"{rounded(count / 1e9 * 10**digits) / 10**digits:g} GB"
 
 
 def _free(source: Any, way: Way, recipe: Recipe) -> float:
     """What is free where the run lives, with what a loaded model takes of it already."""
     device = torch.device("cpu") if way.from_disk else model.choose_device(recipe.device)
     loaded = [] if isinstance(source, str) else source.parameters()
-    return available(device) + float(sum(p.nbytes for p in loaded if p.device.type == device.type))
+    shared = distributed.neighbours() if device.type == "cpu" else 1
+    return available(device) / shared + float(sum(p.nbytes for p in loaded if p.device.type == device.type))
 
 
 def available(device: torch.device) -> float:
     """What is free there: of the machine, and of what this process may take."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    room = [_machine()]
-    for limit, used in CGROUPS:
-        if limit.is_file() and (said := limit.read_text().strip()).isdigit():
-            room.append(int(said) - int(used.read_text()))
+    room = [_machine(), *_groups()]
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
@@ -279,13 +307,35 @@ def available(device: torch.device) -> float:
     return min(room)
 
 
-CGROUPS = [  # of version 2 and 1, as they look from inside a container
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-]
+CGROUP, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def _groups() -> Iterator[float]:
+    """What is left to each control group (version 1 or 2) that this process is in, and those above it, if it is limited.
+
+    Files that were read and may be forgotten count as free.
+    """
+    version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    version_2 = ("memory.max", "memory.current", "inactive_file")
+    try:
+        lines = [line.split(":", 2) for line in OWN.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in lines:
+        if controllers not in ("", "memory"):
+            continue
+        root, (limit, used, cache) = (CGROUP / "memory", version_1) if controllers else (CGROUP, version_2)
+        own = Path(path.lstrip("/"))
+        for group in (root / own, *(root / above for above in own.parents)):
+            try:
+                most = (group / limit).read_text().strip()
+                if not most.isdigit():
+                    continue
+                held = int((group / used).read_text())
+                kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            yield int(most) - held + int(kept.get(cache, 0))
 
 
 def _machine() -> float:

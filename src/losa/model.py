@@ -53,6 +53,8 @@ def _of_process(name: str) -> str:
         kind = name.partition(":")[0]
         raise LosaError(f"device {name!r} cannot be that of {distributed.launched()} processes: use {kind}, one each")
     place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    if "LOCAL_RANK" not in os.environ and count > 1:
+        raise LosaError("LOCAL_RANK is not set, and every process would take the first device: set it, or use torchrun")
     if place >= count:
         raise LosaError(f"process {place} of this machine has no device: torch sees {count}: start as many processes")
     return f"{name}:{place}"

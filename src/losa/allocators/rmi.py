@@ -62,7 +62,7 @@ class RMI(Allocator):
         target = evidence.target
         cost = importance(rmi_matrix(evidence.seen), self.beta).tolist()
         delta = next(d for d in (self.delta, evidence.spread, default_delta(target)) if d is not None)
-        # a block never loses sparsity from one step to the next (equations.md, decision 1)
+        # a block never loses sparsity from one step to the next
         lowest = max(0.0, min(target - delta, water_level(evidence)))
         low = [max(lowest, floor) for floor in evidence.floors]
         high = [max(bound, target, min(ALMOST_ALL, target + delta)) for bound in low]
