@@ -318,6 +318,12 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert choose_device("cuda") == torch.device("cuda:0")  # each sees its own
 
 
+def test_leaving_does_what_is_to_be_done_at_exit() -> None:
+    code = "import atexit, losa.distributed as d; atexit.register(print, 'gone'); print('here'); d.leave(3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG)
+    assert (done.returncode, done.stdout.split()) == (3, ["here", "gone"])
+
+
 def test_processes_with_settings_of_another_command_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for first, other in ({"sparsity": 0.5}, {"source": "x"}), ({"source": "x"}, {"sparsity": 0.5}):
         monkeypatch.setattr(distributed, "gather", lambda _, pair=(first, other): list(pair))

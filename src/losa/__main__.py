@@ -2,6 +2,10 @@
 
 import sys
 
+from losa import distributed
 from losa.cli import main
 
-sys.exit(main())
+code = main()
+if distributed.launched() > 1:
+    distributed.leave(code)
+sys.exit(code)

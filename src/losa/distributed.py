@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from losa.errors import LosaError
 
@@ -239,6 +239,18 @@ def _first_to_say() -> bool:
         return bool(store.add(f"losa/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
     except RuntimeError:
         return True
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with all that is to be done at exit, but without taking the interpreter down.
+
+    A thread of gloo that still holds a finished work would free its tensors then, which aborts the process (pytorch's pull
+    request 179291): seen once in some forty runs, after everything was saved.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def say_when_ended() -> None:
