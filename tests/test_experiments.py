@@ -174,6 +174,11 @@ def test_another_default_is_another_result(llama: Path, out: Path, tiny: Setting
     assert Cells(out).read(cell) is not None
     path.write_text(json.dumps({"recipe": recipe | {"clip": 9.0}, "measured": {"perplexity": 2.0}}))
     assert Cells(out).read(cell) is None
+    path.write_text(json.dumps({"recipe": recipe, "measured": {}}))
+    assert Cells(out).read(cell) is None
+    path.write_text(json.dumps({"recipe": recipe}))
+    with pytest.raises(LosaError, match="is damaged: remove it"):
+        Cells(out).read(cell)
     path.write_text("{")
     with pytest.raises(LosaError, match="is damaged: remove it"):
         Cells(out).read(cell)

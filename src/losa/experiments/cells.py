@@ -243,7 +243,7 @@ class Cells:
             found: dict[str, Any] = json.loads(path.read_text())
             asked = cell.recipe.to_json() if cell.recipe else {}
             same = all(asked.get(n) == v for n, v in found["recipe"].items() if n in asked and n not in ELSEWHERE)
-            if not same:
+            if not same or not (found["measured"] or cell.kind == "dense"):  # of which nothing but answers is kept
                 return None
             if cell.questions:
                 found["measured"] |= found.get("answers", {}).get(cell.questions.key, {})

@@ -131,14 +131,15 @@ def _misses_peft(cell: Cell) -> str:
 def foretell(kept: Cells, cells: list[Cell]) -> dict[str, Any]:
     """Which cells there are, which of them are there, and about how long the others take, from those that are."""
     took: dict[tuple[str, bool], list[float]] = {}
-    listed = []
+    listed, missing = [], []
     for cell in cells:
         state = kept.state(cell)
+        if state == TO_RUN:
+            missing.append(cell)
         if not cell.impossible and (result := kept.read(cell)) is not None:
             took.setdefault(_like(cell), []).append(result["took"])
         why = state if state not in (THERE, TO_RUN) else ""
         listed.append({"name": cell.name, "key": cell.key, "there": state == THERE, "impossible": why})
-    missing = [cell for cell in cells if kept.state(cell) == TO_RUN]
     known = [statistics.mean(took[_like(cell)]) for cell in missing if _like(cell) in took]
     seconds = round(sum(known) * len(missing) / len(known)) if known else None
     return {"cells": listed, "missing": len(missing), "seconds": seconds if missing else 0}

@@ -129,8 +129,8 @@ def _grid(table: Table, source: str, cells: list[Cell], found: dict[str, dict[st
         rows = [[str(b), *(NAMES["by_block"][1](at[b, c]) if (b, c) in at else "" for c, _ in columns)] for b in blocks]
     caption = _caption(runs, [] if table.kind == "zero-shot" else dense)
     if table.kind == "zero-shot":
-        answered = [r["measured"] for cell in cells if (r := found.get(cell.key)) and "accuracy" in r["measured"]]
-        caption += _asked([measured["tasks"] for measured in answered])
+        answered = [r["measured"] for cell in cells if (r := found.get(cell.key))]
+        caption += _asked([measured["tasks"] for measured in answered if "tasks" in measured])
         entries += _by_task(table, source, cells, found)
     if table.kind == "latency":
         caption = _where([r["measured"] for cell in cells if (r := found.get(cell.key))])
