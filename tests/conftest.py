@@ -6,7 +6,7 @@ import math
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -230,3 +230,46 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-shared", "-pthread"]
     subprocess.run([*command, *flags, *include, *sources, "-o", str(made), "-ldl"], check=True)
     return ctypes.CDLL(str(made))
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Writes text as it is, or records in the format of the file's name; returns the path."""
+
+    def write(name: str, content: Any) -> str:
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        elif path.suffix == ".parquet":
+            import pyarrow  # type: ignore[import-untyped]
+            from pyarrow import parquet
+
+            parquet.write_table(pyarrow.Table.from_pylist(content), path)
+        elif path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(record) + "\n" for record in content))
+        else:
+            path.write_text(json.dumps(content))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """In place of the hub: `records` are what every dataset holds, `calls` what was asked for, `read` how many rows."""
+    state: dict[str, Any] = {"calls": [], "records": [], "read": 0}
+
+    def load_dataset(**arguments: Any) -> Iterator[Any]:
+        state["calls"].append(arguments)
+        for record in state["records"]:
+            state["read"] += 1
+            if isinstance(record, Exception):
+                raise record
+            yield record
+
+    import datasets  # type: ignore[import-untyped]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    yield state
