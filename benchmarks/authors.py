@@ -31,10 +31,9 @@ from typing import Any
 import numpy
 import torch
 import transformers
+from parts import BATCH, MICRO, RMI_SAMPLES, SAMPLES, SPARSITY, Clock, Parts, tokens
 
-# of the paper: sequences that calibrate, and those of them that RMI reads; rows at once, and in an update
-SAMPLES, RMI_SAMPLES, MICRO, BATCH = 128, 64, 4, 8
-STEPS, SPARSITY, MEAN_RANK = 5, 0.6, 6
+STEPS, MEAN_RANK = 5, 6  # of the paper
 PARTS = ("features", "rates+pruning", "recovery")
 
 
@@ -52,23 +51,6 @@ def build(args: argparse.Namespace) -> Any:
     model = transformers.LlamaForCausalLM(config).to(getattr(torch, args.dtype)).eval()
     model.config.use_cache = False
     return model
-
-
-def tokens(samples: int, length: int, seed: int) -> torch.Tensor:
-    return torch.randint(512, (samples, length), generator=torch.Generator().manual_seed(seed))
-
-
-class Clock:
-    """Wall and processor seconds from its making, or the last `lap`."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter(), time.process_time()
-
-    def lap(self) -> dict[str, float]:
-        now = time.perf_counter(), time.process_time()
-        wall, processor = (after - before for after, before in zip(now, self._began, strict=True))
-        self._began = now
-        return {"seconds": round(wall, 2), "processor": round(processor, 2)}
 
 
 class Theirs:
@@ -175,87 +157,10 @@ class Theirs:
         return found
 
 
-class Ours:
+def ours(args: argparse.Namespace) -> Parts:
     """The same of losa: the pipeline's own functions."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        from losa import pipeline
-        from losa.blocks import subject_of
-        from losa.inputs import Inputs
-        from losa.progress import Progress
-        from losa.recipe import from_settings
-        from losa.run import Run
-
-        self._pipeline, self._run = pipeline, Run(None, Progress(quiet=True))
-        self._recipe = from_settings(
-            {
-                "sparsity": SPARSITY,
-                "calibration_samples": SAMPLES,
-                "sequence_length": args.length,
-                "allocation_samples": RMI_SAMPLES,
-                "error_tokens": args.error_tokens,
-                "train_length": args.length,
-                "batch_size": BATCH,
-                "micro_batch_size": MICRO,
-                "pruner": "wanda",
-                "allocator": "rmi",
-                "learning_rate": 2e-4,
-                "weight_decay": 0.001,
-                "clip": 0.3,
-                "warmup": 0.3,
-                "sample_tokens": 0,
-                "dtype": args.dtype,
-                "device": "cpu",
-            }
-        )
-        self._inputs = Inputs(tokens(SAMPLES, args.length, 1), [], None, [])
-        self._subject = subject_of(
-            build(args), types.SimpleNamespace(pad_token_id=0, eos_token_id=0), "random", self._recipe
-        )
-        self._length, self._dense, self._wrapped = args.length, None, False  # type: int, Any, bool
-
-    def features(self) -> dict[str, Any]:
-        clock = Clock()
-        self._dense = self._pipeline.remember_dense(self._subject, self._recipe, self._inputs, self._run)
-        return {"features": clock.lap()}
-
-    def _wrap(self) -> None:
-        if not self._wrapped:
-            self._subject.wrap(self._recipe.build("recovery").layer, self._recipe, self._recipe.max_rank)
-        self._wrapped = True
-
-    def pruning(self, rates: list[float] | None = None) -> dict[str, Any]:
-        """At `rates`, or those that RMI gives."""
-        from losa import evidence
-        from losa.allocators.base import Evidence
-
-        self._wrap()
-        names = [block.name for block in self._subject.blocks]
-        units = evidence.units_of(self._subject.blocks, "block")
-        floors, allocator = [0.0] * len(units), self._recipe.build("allocator")
-        clock = Clock()
-        read = self._inputs.calibration[:RMI_SAMPLES]
-        seen = evidence.gather(self._subject, self._recipe, allocator, 2, units, floors, read, self._run)
-        known = Evidence(self._recipe.sparsity_at(1), [unit.weights for unit in units], floors, seen)
-        chosen = allocator.rates(known)
-        found: dict[str, Any] = {"rates": clock.lap()}
-        by_name = dict(zip(names, rates or chosen, strict=True))
-        errors, _ = self._pipeline.prune(self._subject, self._recipe, 1, by_name, self._inputs, self._dense, self._run)
-        return found | {"pruning": clock.lap(), "errors": errors}
-
-    def recovery(self, sequences: int) -> dict[str, Any]:
-        from losa.data import Example
-        from losa.recovery import training
-
-        self._wrap()
-        self._pipeline.set_ranks(self._subject, self._recipe, 1, "uniform", [])
-        examples = [Example(row, row.clone()) for row in tokens(sequences, self._length, 2)]
-        with torch.no_grad():
-            first = torch.stack([row for row, _ in examples[:MICRO]])
-            loss = training.next_token_loss(self._subject.model, first, torch.ones_like(first), first)
-        clock = Clock()
-        self._recipe.build("recovery").recover(self._subject, examples, self._recipe, 1, self._run)
-        return {"recovery": clock.lap(), "loss": loss.item() / (MICRO * (self._length - 1))}
+    settings = {"error_tokens": args.error_tokens, "dtype": args.dtype, "device": "cpu"}
+    return Parts(build(args), args.length, settings)
 
 
 def anonymous() -> int:
@@ -270,7 +175,7 @@ def serve(side: str, args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
-    worker: Any = Theirs(args) if side == "theirs" else Ours(args)
+    worker: Any = Theirs(args) if side == "theirs" else ours(args)
     for line in sys.stdin:
         part, arguments = json.loads(line)
         peak, done = [anonymous()], threading.Event()

@@ -44,7 +44,7 @@ PIECES, PIECE = 16, 2**16  # of a file's bytes that its fingerprint reads
 class Cell:
     """A recipe on a model. `places`: where it stands, as (table, place). `impossible`: why it cannot be, if it cannot.
 
-    kind: a run of `losa compress`, the dense model as it is, or a timing of decoding. measured: whether a table wants what
+    kind: a run of `losa compress`, the dense model as it is, or a timing of decoding. wanted: whether a table wants what
     the run itself measures. questions: what its model is asked; unasked: why it cannot be here, if it cannot.
     """
 
@@ -54,7 +54,7 @@ class Cell:
     recipe: Recipe | None
     places: list[tuple[str, Place]] = field(default_factory=list)
     impossible: str = ""
-    measured: bool = False
+    wanted: bool = False
     questions: Questions | None = None
     unasked: str = ""
 
@@ -106,7 +106,7 @@ def gather(
                 if table.kind == "zero-shot":
                     cell.questions = questions
                 else:
-                    cell.measured = True
+                    cell.wanted = True
                 if (table.name, place) not in cell.places:  # of a cell that has no seed
                     cell.places.append((table.name, place))
     cells = [*found.values(), *refused]
@@ -256,11 +256,11 @@ class Cells:
         if cell.impossible:
             return cell.impossible
         found = self.read(cell)
-        if cell.measured and found is None:
+        if cell.wanted and found is None:
             return TO_RUN
         if not self.unanswered(cell, found):
             return THERE
-        return TO_RUN if not cell.unasked else THERE if cell.measured else cell.unasked
+        return TO_RUN if not cell.unasked else THERE if cell.wanted else cell.unasked
 
     @staticmethod
     def unanswered(cell: Cell, found: dict[str, Any] | None) -> bool:
