@@ -6,6 +6,7 @@
 All get the same 1500 x 256 tokens. The paper's learning rate is chosen on demo:validation (seed 0), at each sparsity; the
 others choose theirs themselves, from rows held out of their own. The held-out test is then read once a seed. One line of
 JSON a result; what the file holds is not run again. Two processes can share the work, each with a sparsity of its own.
+--model takes another model of the same kind (scripts/train_demo.py --shape), whose results go into a file of their own.
 """
 
 import argparse
@@ -37,7 +38,7 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def results(
-    path: Path, seeds: int, sparsities: Sequence[float]
+    path: Path, seeds: int, sparsities: Sequence[float], source: str
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
     """Every result: its key, its settings, and the recipe below them; one seed of everything first."""
     for seed in range(seeds):
@@ -46,7 +47,7 @@ def results(
                 key = {"phase": "best", "method": method, "sparsity": sparsity, "seed": seed}
                 settings: dict[str, Any] = {"sparsity": sparsity, "seed": seed}
                 if method == "paper":
-                    settings["learning_rate"] = tuned(path, sparsity)
+                    settings["learning_rate"] = tuned(path, sparsity, source)
                 yield key, settings, name
 
 
@@ -58,12 +59,13 @@ def parts() -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
         yield key | at, settings | at, recipe
 
 
-def tuned(path: Path, sparsity: float) -> float:
+def tuned(path: Path, sparsity: float, source: str) -> float:
     """The learning rate that is best for the paper's recipe on the validation split."""
     found = {}
     for rate in RATES:
         settings = {"sparsity": sparsity, "learning_rate": rate, "eval_data": "demo:validation"}
-        found[rate] = once(path, {"phase": "tune", "method": "paper", "sparsity": sparsity, "rate": rate}, settings)
+        key = {"phase": "tune", "method": "paper", "sparsity": sparsity, "rate": rate}
+        found[rate] = once(path, key, settings, source=source)
     return min(found, key=lambda rate: found[rate]["perplexity"])
 
 
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--sparsity", nargs="+", type=float, choices=SPARSITIES, default=SPARSITIES)
+    parser.add_argument("--model", default="demo")
     parser.add_argument("--parts", action="store_true", help="what each part of `best` does, instead")
     parser.add_argument("--table", action="store_true", help="print what the file holds")
     parser.add_argument(
@@ -117,9 +120,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    wanted = parts() if args.parts else results(args.results, args.seeds, args.sparsity)
+    wanted = parts() if args.parts else results(args.results, args.seeds, args.sparsity, args.model)
     for key, settings, recipe in wanted:
-        once(args.results, key, settings, recipe)
+        once(args.results, key, settings, recipe, args.model)
     return None
 
 

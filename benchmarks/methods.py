@@ -113,11 +113,13 @@ def tuned(path: Path, method: str) -> float:
     return best()
 
 
-def once(path: Path, key: dict[str, Any], settings: dict[str, Any], names: str = "demo") -> dict[str, Any]:
+def once(
+    path: Path, key: dict[str, Any], settings: dict[str, Any], names: str = "demo", source: str = "demo"
+) -> dict[str, Any]:
     """The result of `key`, from the file or from a run that is added to it."""
     name = json.dumps(key)
     if (found := read(path).get(name)) is None:
-        found = {"key": name, **key, **run(settings, names)}
+        found = {"key": name, **key, **run(settings, names, source)}
         with path.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print(json.dumps(found), flush=True)
@@ -129,8 +131,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {line["key"]: line for line in lines}
 
 
-def run(settings: dict[str, Any], names: str) -> dict[str, Any]:
-    """What one run leaves, its processor's time without the measuring."""
+def run(settings: dict[str, Any], names: str, source: str) -> dict[str, Any]:
+    """What one run on the model `source` leaves, its processor's time without the measuring."""
     import losa
     from losa import evaluate, model, recipe
 
@@ -139,24 +141,24 @@ def run(settings: dict[str, Any], names: str) -> dict[str, Any]:
     began, busy = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:  # a LoRA kept apart has nowhere else to stay
         # measured here, once: a run would measure dense each time, and on its way
-        result = losa.compress("demo", dataclasses.replace(chosen, eval_data="", sample_tokens=0), Path(folder) / "run")
+        result = losa.compress(source, dataclasses.replace(chosen, eval_data="", sample_tokens=0), Path(folder) / "run")
         found = {
             "reached": result.measurements["sparse"]["sparsity"],
             "seconds": round(time.monotonic() - began, 1),
             "processor_seconds": round(time.process_time() - busy, 1),
         }
         whole = model.load_whole(str(Path(folder) / "run"), chosen)
-    tokens, dense = held_out(text, count)
+    tokens, dense = held_out(source, text, count)
     return {"dense": dense, "perplexity": evaluate.perplexity(whole, tokens, WINDOW), **found}
 
 
 @functools.cache
-def held_out(text: str, count: int) -> tuple[Any, float]:
+def held_out(source: str, text: str, count: int) -> tuple[Any, float]:
     """The tokens to measure on, and the dense model's perplexity on them."""
     from losa import data, evaluate, model, recipe
 
-    tokens = data.evaluation_tokens(text, model.load_tokenizer("demo", model.load_config("demo")), WINDOW, count)
-    return tokens, evaluate.perplexity(model.load("demo", recipe.load("demo", {})), tokens, WINDOW)
+    tokens = data.evaluation_tokens(text, model.load_tokenizer(source, model.load_config(source)), WINDOW, count)
+    return tokens, evaluate.perplexity(model.load(source, recipe.load("demo", {})), tokens, WINDOW)
 
 
 def tables(path: Path) -> dict[str, str]:

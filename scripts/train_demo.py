@@ -1,11 +1,12 @@
 """Trains the built-in model from nothing: tokenizer, then a small Llama on Python source. About 100 minutes on two cores.
 
     python scripts/train_demo.py --output /tmp/demo --stdlib /usr/lib/python3.13 ...
+    python scripts/train_demo.py --output /tmp/larger --shape 768x12x2048 --device cuda --steps 6000 --batch 65536
 
 Text: the standard library of the Python that runs this (its `train` split, twice) and the packages installed in its
 environment. Whatever repeats a module held out in it, or in a standard library named with --stdlib, is left out.
 Run it again with the same --output and it goes on from its last checkpoint. `--output` gets the model folder that
-ships as src/losa/demo/model, and `manifest.txt`, the documents it was trained on.
+ships as src/losa/demo/model (of the default shape), and `manifest.txt`, the documents it was trained on.
 """
 
 import argparse
@@ -26,19 +27,8 @@ from losa.demo import corpus
 
 VOCABULARY = 2048
 END = "<|endoftext|>"
-CONFIG = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=512,
-    tie_word_embeddings=True,
-    bos_token_id=0,
-    eos_token_id=0,
-)
-TOKENS_PER_STEP = 16384
+SHAPE, BATCH, MICRO = "256x6x512", 16384, 8192  # the built-in model's; tokens an update, and at once
+HEAD, WINDOW = 64, 512
 MUON_RATE, ADAM_RATE = 0.02, 4e-3
 LARGEST_DOCUMENT = 150_000  # characters; longer ones are mostly generated
 
@@ -106,10 +96,28 @@ def load_state(path: Path, masters: list[torch.Tensor], optimizers: list[torch.o
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def config(shape: str) -> LlamaConfig:
+    """HIDDENxBLOCKSxMLP."""
+    hidden, blocks, mlp = (int(n) for n in shape.split("x"))
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // HEAD,
+        num_key_value_heads=hidden // HEAD,
+        max_position_embeddings=WINDOW,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="eager",
+    )
+
+
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
     losses = []
-    for batch in tokens[: 64 * 512].view(-1, 512).split(16):
+    for batch in tokens[: 64 * WINDOW].to(model.device).view(-1, WINDOW).split(16):
         losses.append(model(input_ids=batch, labels=batch, use_cache=False).loss.float())
     return torch.stack(losses).mean().item()
 
@@ -119,6 +127,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--stdlib", type=Path, action="append", default=[], help="another Python's standard library")
     parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--shape", default=SHAPE, help="HIDDENxBLOCKSxMLP, heads of 64")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=BATCH, help="tokens an update; 8192 at once")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
@@ -142,7 +153,7 @@ def main() -> None:
     tokens, validation_tokens = loaded["train"].long(), loaded["validation"].long()
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG, attn_implementation="eager"))
+    model = LlamaForCausalLM(config(args.shape)).to(args.device)
     # bf16 model, fp32 masters: on two cores twice as fast as autocast
     masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
     model = model.bfloat16()
@@ -164,7 +175,7 @@ def main() -> None:
     started = time.time()
     for step in range(first, args.steps):
         # short sequences first: attention is a third of the cost at 512
-        length = 256 if step < 0.8 * args.steps else 512
+        length = WINDOW // 2 if step < 0.8 * args.steps else WINDOW
         rate = min(1.0, (step + 1) / 60) * min(1.0, (args.steps - step) / (0.6 * args.steps))
         for optimizer, base in zip(optimizers, (MUON_RATE, ADAM_RATE), strict=True):
             optimizer.param_groups[0]["lr"] = base * rate
@@ -172,23 +183,23 @@ def main() -> None:
             for p, master in zip(model.parameters(), masters, strict=True):
                 p.copy_(master)
                 p.grad = None
-        start = step * TOKENS_PER_STEP % (len(tokens) - TOKENS_PER_STEP - 1)
-        inputs = tokens[start : start + TOKENS_PER_STEP].view(-1, length)
-        targets = tokens[start + 1 : start + TOKENS_PER_STEP + 1].view(-1, length)
-        micro = 8192 // length
-        total = 0.0
+        start = step * args.batch % (len(tokens) - args.batch - 1)
+        seen = tokens[start : start + args.batch + 1].to(args.device)
+        inputs, targets = seen[:-1].view(-1, length), seen[1:].view(-1, length)
+        micro = MICRO // length
+        total = torch.zeros((), device=args.device)
         for x, y in zip(inputs.split(micro), targets.split(micro), strict=True):
             loss = torch.nn.functional.cross_entropy(model.lm_head(body(x)).flatten(0, 1).float(), y.flatten())
             (loss * len(x) / len(inputs)).backward()
-            total += loss.item() * len(x) / len(inputs)
+            total += loss.detach() * len(x) / len(inputs)
         for p, master in zip(model.parameters(), masters, strict=True):
             master.grad = p.grad.float()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer in optimizers:
             optimizer.step()
         if (step + 1) % 10 == 0:
-            speed = (step + 1 - first) * TOKENS_PER_STEP / (time.time() - started)
-            print(f"step {step + 1}/{args.steps} loss {total:.3f} {speed:.0f} tokens/s", flush=True)
+            speed = (step + 1 - first) * args.batch / (time.time() - started)
+            print(f"step {step + 1}/{args.steps} loss {total.item():.3f} {speed:.0f} tokens/s", flush=True)
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             save_state(state, step + 1, masters, optimizers)
             with torch.no_grad():
