@@ -65,17 +65,57 @@ def test_the_contract_in_the_interpreter() -> None:
 
 @needs_triton
 def test_any_tile_gives_the_same() -> None:
-    """What the interpreter chooses for its own sake, what a GPU is given, and what benchmarks/gpu.py may try."""
+    """What the interpreter chooses for its own sake, what a GPU is given, and what benchmarks/gpu.py may try; with NVIDIA's
+    instructions, and without."""
     run(__file__, "tiles", TRITON_INTERPRET="1")
 
 
 def tiles() -> None:
-    for values in (torch.bfloat16, torch.int8):
-        packed, x = made(5, 1100, values), torch.randn(3, 1100, generator=torch.Generator().manual_seed(1))
-        want = x @ unpack(packed, torch.float32)[0].T
-        for chosen in ({}, {"MANY": gpu.MANY}, {"MANY": 1, "BYTES": 16}, {"MANY": 4, "BYTES": 64}):
-            got = gpu.Triton()._few(x, 3, packed, None, **chosen)
-            assert torch.allclose(got, want, rtol=1e-5, atol=1e-5), (values, chosen)
+    from triton.runtime import interpreter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", emulated)
+        for values in DTYPES.values():
+            packed, x = made(5, 1100, values), torch.randn(3, 1100, generator=torch.Generator().manual_seed(1))
+            want = x @ unpack(packed, torch.float32)[0].T
+            for chosen in ({}, {"MANY": 1}, {"MANY": gpu.MANY, "PTX": True}):
+                done.clear()
+                got = gpu.Triton()._few(x, 3, packed, None, **chosen)
+                assert torch.allclose(got, want, rtol=1e-5, atol=1e-5), (values, chosen)
+                some = {"popc"} if values == torch.float32 else {"popc", "mov", "prmt", "shfl"}
+                assert done == (some if "PTX" in chosen else set()), (values, chosen, done)
+
+
+done: set[str] = set()  # instructions
+
+
+def emulated(_self: Any, text: str, _registers: str, values: list[Any], _type: Any, _pure: bool, _pack: int) -> Any:
+    """What decode.py asks of NVIDIA's GPUs, as the PTX manual has it; a tile's last axis is the lanes'."""
+    import numpy
+    from triton.runtime.interpreter import TensorHandle
+
+    name, *given = text.split(".")[0], *(value.data for value in values)
+    done.add(name)
+    shape = numpy.broadcast_shapes(*(array.shape for array in given))
+    first, *rest = (numpy.broadcast_to(array, shape).astype(numpy.uint64) for array in given)
+    if name == "popc":
+        made = numpy.bitwise_count(first)
+    elif name == "mov":
+        assert text == "mov.u32 $0, %laneid;" and shape[-1] == 32
+        made = numpy.broadcast_to(numpy.arange(32), shape)
+    elif name == "shfl":
+        assert shape[-1] == 32
+        made = numpy.take_along_axis(first, (rest[0] & 31).astype(numpy.int64), -1)
+    else:
+        assert name == "prmt" and not (rest[1] & 0x8888).any()  # which would ask for signs
+        both = first | (rest[0] << numpy.uint64(32))
+        made = sum(
+            ((both >> ((rest[1] >> numpy.uint64(4 * i) & numpy.uint64(7)) * numpy.uint64(8))) & numpy.uint64(0xFF))
+            << numpy.uint64(8 * i)
+            for i in range(4)
+        )
+    handle = TensorHandle(numpy.asarray(made).astype(numpy.uint32), values[0].dtype.scalar)
+    return SimpleNamespace(get_result=lambda _: handle)
 
 
 @needs_triton
@@ -90,10 +130,10 @@ def compile_for_a_gpu() -> None:
     pointers = dict(x="*bf16", mask="*u8", offsets="*i32", scales="*bf16", bias="*bf16", y="*bf16", weight="*bf16")
     for rows, values, without in ((1, "*bf16", "scales"), (8, "*i8", "offsets")):
         types = pointers | {"values": values}
-        chosen = {"R": rows, "MANY": gpu.MANY, "BYTES": gpu.bytes_at_once(rows)}
+        chosen = {"R": rows, "MANY": gpu.MANY, "TILES": 4, "PTX": rows == 1}
         made = compiled(decode.multiply, types, chosen | {without: None}, gpu.WARPS)
-        assert "popc.b32" in made.asm["ptx"], "a popcount is no longer one instruction"
-        assert made.metadata.shared <= 64, "values go from lane to lane through shared memory"
+        assert "popc.b32" in made.asm["ptx"] and (rows == 1) == ("prmt.b32" in made.asm["ptx"])
+        assert made.metadata.shared <= 256, "values go from lane to lane through shared memory"
         compiled(decode.expand, types, {"MANY": 1, "COLUMNS": gpu.COLUMNS, without: None}, 4)
 
 

@@ -12,14 +12,9 @@ from losa.sparse.packed import Packed
 
 ROWS = 8  # of x, which the decoding kernel takes at most; more of them go through a dense weight
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MANY = 2  # rows of the weight a program
+MANY = 4  # rows of the weight a program
 WARPS = 1  # a program; with one, sums and prefixes need no shared memory
 COLUMNS = 1024  # a step of expansion
-
-
-def bytes_at_once(rows: int) -> int:
-    """Of a row's mask, a step: fewer where more rows of x have to be held in registers."""
-    return {1: 128, 2: 128, 4: 64, 8: 32}[rows]
 
 
 class Triton:
@@ -52,12 +47,13 @@ class Triton:
         return self._few(x, rows, packed, bias)
 
     def _few(self, x: Tensor, rows: int, packed: Packed, bias: Tensor | None, **tried: int) -> Tensor:
-        """tried: MANY, BYTES or num_warps in the place of those above; benchmarks/gpu.py looks for better ones."""
+        """tried: MANY or num_warps in the place of those above; benchmarks/gpu.py looks for better ones."""
         y = x.new_empty((*x.shape[:-1], packed.out_features), dtype=_written(x.dtype))
         if not rows:
             return y.to(x.dtype)
         held = 1 << (rows - 1).bit_length()
-        chosen = {"MANY": _many_rows(MANY), "BYTES": bytes_at_once(held), "num_warps": WARPS} | tried
+        chosen = {"MANY": _many_rows(MANY), "TILES": tiles(packed.mask.shape[1]), "PTX": has_ptx(), "num_warps": WARPS}
+        chosen |= tried
         sizes = (rows, packed.out_features, packed.in_features, *_strides(packed))
         _run("multiply", packed.out_features, (x, *_tensors(packed), bias, y, *sizes), R=held, **chosen)
         return y.to(x.dtype)
@@ -104,6 +100,16 @@ def has_triton() -> bool:
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def tiles(width: int) -> int:
+    """Of 32 bytes, that a program takes at once of rows of so many."""
+    return min(4, -(-width // 32))
+
+
+def has_ptx() -> bool:
+    """Whether Triton makes code for NVIDIA's GPUs."""
+    return torch.version.hip is None and not interpreted()
 
 
 def _many_rows(many: int) -> int:
