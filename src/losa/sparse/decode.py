@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def _popcount(n, PTX: tl.constexpr):
-    """Of uint32. What is written out is one instruction, too, unless the compiler knows of bits that are zero."""
+    """Of uint32. What is written out is one instruction for a byte, and eight for half of one."""
     if PTX:
         return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [n], dtype=tl.uint32, is_pure=True, pack=1)
     else:
@@ -38,7 +38,7 @@ def _permute(low, high, selectors):
 
 @triton.jit
 def _places(bits):
-    """Of four bits, uint32 of four bytes: how many of the bits below each are set, and 3 or more where it is not."""
+    """Of four bits, uint32 of four bytes: how many of the bits below each are set, and 3 where it is not; and 1 there, else 0."""
     each = (bits * 0x00204081) & 0x01010101
     return (each * 0x01010100) | ((each ^ 0x01010101) * 3), each ^ 0x01010101
 
@@ -47,16 +47,10 @@ def _places(bits):
 def _of_two_bytes(bits):
     """Selectors that sort a window of four values of two bytes into four columns: 16 bits for columns 0 and 1, 16 for 2 and 3.
 
-    The fourth value goes where nothing is kept: `_ending` makes a zero of it wherever it is not one of the columns'.
+    The fourth value goes where nothing is kept: it has to be zero unless all four are.
     """
     places, _ = _places(bits)
     return places * 0x22 + 0x10101010
-
-
-@triton.jit
-def _ending(bits):
-    """Selectors that make the second half of such a window of two values, or of one and a zero unless all four are kept."""
-    return tl.where(bits == 15, 0x5410, 0x3210).to(tl.uint32)
 
 
 @triton.jit
@@ -69,20 +63,6 @@ def _of_one_byte(bits):
 
 
 @triton.jit
-def _lane(like):
-    """The number of the lane, in the shape of a tile of uint32."""
-    return tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [like], dtype=tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _held_by(lane, what):
-    """`what`, uint32, of another lane."""
-    return tl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [what, lane], dtype=tl.uint32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def _window(at, BITS: tl.constexpr):
     """The bits of the value at each of these addresses, as uint32."""
     value = tl.load(at)
@@ -90,22 +70,23 @@ def _window(at, BITS: tl.constexpr):
 
 
 @triton.jit
-def _four(at, bits, selectors, endings, PTX: tl.constexpr):
+def _four(at, bits, selectors, PTX: tl.constexpr):
     """The weights of four columns, float32, of which `bits` are kept: those at the addresses `at` and behind.
 
-    selectors, endings: with PTX, what lane n holds for bits of n.
+    selectors: with PTX, those for bits of n at place n of a tile's last axis.
     """
     kind: tl.constexpr = at.dtype.element_ty
     if PTX and kind.primitive_bitwidth == 16:
         w0, w1, w2, w3 = _window(at, 16), _window(at + 1, 16), _window(at + 2, 16), _window(at + 3, 16)
-        low, high = _permute(w0, w1, 0x5410), _permute(w2, w3, _held_by(bits, endings))
-        chosen = _held_by(bits, selectors)
+        low, high = _permute(w0, w1, 0x5410), w2 + w3 * (((bits + 1) & 16) << 12)
+        chosen = tl.gather(selectors, bits.to(tl.int32), 1)
         first, second = _permute(low, high, chosen), _permute(low, high, chosen >> 16)
         return _low(first, kind), _high(first, kind), _low(second, kind), _high(second, kind)
     elif PTX and kind.primitive_bitwidth == 8:
         w0, w1, w2, w3 = _window(at, 8), _window(at + 1, 8), _window(at + 2, 8), _window(at + 3, 8)
         window = _permute(_permute(w0, w1, 0x1140), _permute(w2, w3, 0x1140), 0x5410)
-        made = _permute(window, tl.zeros_like(window), _held_by(bits, selectors)).to(tl.int32, bitcast=True)
+        made = _permute(window, tl.zeros_like(window), tl.gather(selectors, bits.to(tl.int32), 1))
+        made = made.to(tl.int32, bitcast=True)
         return (
             ((made << 24) >> 24).to(tl.float32),
             ((made << 16) >> 24).to(tl.float32),
@@ -143,7 +124,7 @@ def _high(pair, kind: tl.constexpr):
 
 @triton.jit
 def _columns_of_bytes(x, R: tl.constexpr):
-    """[R, 256] -> eight of [R, 32]: the columns 8 j + i for i from 0 to 7. A lane keeps what it has."""
+    """[R, 256] -> eight of [R, 32]: the columns 8 j + i for i from 0 to 7. Of one warp, a lane keeps what it has."""
     even, odd = tl.split(tl.reshape(x, (R, 32, 2, 2, 2)))  # split takes the last axis, which is bit 0 of i
     even0, even1 = tl.split(even)
     odd0, odd1 = tl.split(odd)
@@ -165,7 +146,7 @@ def _bytes(bits_at, j, there, width):
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["mask"])
 def multiply(
     x,  # [rows, columns], rows at most R
-    values,  # with padding: up to three behind the last are read
+    values,  # with padding: up to four behind the last are read
     mask,  # [out, width]
     offsets,  # None if all rows keep per_row
     scales,  # [out, groups], one a group of 256 columns, or None
@@ -192,12 +173,9 @@ def multiply(
         base = tl.where(there, row * per_row, 0)
     bits_at = mask + (row.to(tl.int64) * width)[:, None]
     lane = tl.arange(0, 32)
-    selectors = tl.zeros((MANY, 32), tl.uint32)
-    endings = selectors
-    if PTX and values.dtype.element_ty.primitive_bitwidth < 32:
-        bits = _lane(selectors) & 15
-        selectors = _of_one_byte(bits) if values.dtype.element_ty == tl.int8 else _of_two_bytes(bits)
-        endings = _ending(bits)
+    selectors = ((lane & 15)[None, :] + tl.zeros((MANY, 32), tl.int32)).to(tl.uint32)
+    if PTX:
+        selectors = _of_one_byte(selectors) if values.dtype.element_ty == tl.int8 else _of_two_bytes(selectors)
     total = tl.zeros((R, MANY, 32), tl.float32)
     for start in range(0, width, 128):
         j = start + lane
@@ -218,7 +196,7 @@ def multiply(
             part = total if scales is None else tl.zeros((R, MANY, 32), tl.float32)
             for half in tl.static_range(2):
                 bits = (byte >> (4 * half)) & 15
-                weights = _four(values + at, bits, selectors, endings, PTX)
+                weights = _four(values + at, bits, selectors, PTX)
                 for i in tl.static_range(4):
                     part += xs[4 * half + i].to(tl.float32)[:, None, :] * weights[i][None, :, :]
                 if half == 0:

@@ -12,8 +12,7 @@ from losa.sparse.packed import Packed
 
 ROWS = 8  # of x, which the decoding kernel takes at most; more of them go through a dense weight
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MANY = 4  # rows of the weight a program
-WARPS = 1  # a program; with one, sums and prefixes need no shared memory
+WARPS = 1  # a program; with one, x goes to the lanes that need it without shared memory
 COLUMNS = 1024  # a step of expansion
 
 
@@ -52,7 +51,12 @@ class Triton:
         if not rows:
             return y.to(x.dtype)
         held = 1 << (rows - 1).bit_length()
-        chosen = {"MANY": _many_rows(MANY), "TILES": tiles(packed.mask.shape[1]), "PTX": has_ptx(), "num_warps": WARPS}
+        chosen = {
+            "MANY": _many_rows(rows_at_once(packed.out_features, held)),
+            "TILES": tiles(packed.mask.shape[1]),
+            "PTX": has_ptx(),
+            "num_warps": WARPS,
+        }
         chosen |= tried
         sizes = (rows, packed.out_features, packed.in_features, *_strides(packed))
         _run("multiply", packed.out_features, (x, *_tensors(packed), bias, y, *sizes), R=held, **chosen)
@@ -100,6 +104,12 @@ def has_triton() -> bool:
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def rows_at_once(out: int, held: int) -> int:
+    """Of `out` rows of the weight, a program's: four share what is done once, two make programs enough of a small matrix
+    (2048 of 4096 rows, some 16 to each of a GPU's 132), and fit its registers beside many rows of x."""
+    return 4 if out >= 8192 and held < 8 else 2
 
 
 def tiles(width: int) -> int:
