@@ -64,22 +64,22 @@ class Parts:
         from losa.run import Run
 
         self._pipeline, self._run = pipeline, Run(None, Progress(quiet=True))
-        self._recipe = from_settings(PAPER | {"sequence_length": length, "train_length": length} | settings)
+        self.recipe = from_settings(PAPER | {"sequence_length": length, "train_length": length} | settings)
         self._vocabulary = model.config.vocab_size
-        self._inputs = Inputs(tokens(self._recipe.calibration_samples, length, 1, self._vocabulary), [], None, [])
-        self.subject = subject_of(model, types.SimpleNamespace(pad_token_id=0, eos_token_id=0), "random", self._recipe)
+        self._inputs = Inputs(tokens(self.recipe.calibration_samples, length, 1, self._vocabulary), [], None, [])
+        self.subject = subject_of(model, types.SimpleNamespace(pad_token_id=0, eos_token_id=0), "random", self.recipe)
         self._length, self._dense, self._wrapped = length, None, False  # type: int, Any, bool
 
     def features(self) -> dict[str, Any]:
         """A pass over the dense model: its features, and the Gram matrices that RMI needs."""
         clock = Clock()
-        self._dense = self._pipeline.remember_dense(self.subject, self._recipe, self._inputs, self._run)
+        self._dense = self._pipeline.remember_dense(self.subject, self.recipe, self._inputs, self._run)
         return {"features": clock.lap()}
 
     def wrap(self) -> None:
         """Masked linears in the place of the model's."""
         if not self._wrapped:
-            self.subject.wrap(self._recipe.build("recovery").layer, self._recipe, self._recipe.max_rank)
+            self.subject.wrap(self.recipe.build("recovery").layer, self.recipe, self.recipe.max_rank)
         self._wrapped = True
 
     def pruning(self, rates: list[float] | None = None) -> dict[str, Any]:
@@ -93,28 +93,33 @@ class Parts:
         self.wrap()
         names = [block.name for block in self.subject.blocks]
         units = evidence.units_of(self.subject.blocks, "block")
-        floors, allocator = [0.0] * len(units), self._recipe.build("allocator")
+        floors, allocator = [0.0] * len(units), self.recipe.build("allocator")
         clock = Clock()
-        read = self._inputs.calibration[: self._recipe.allocation_samples]
-        seen = evidence.gather(self.subject, self._recipe, allocator, 2, units, floors, read, self._run)
-        known = Evidence(self._recipe.sparsity_at(1), [unit.weights for unit in units], floors, seen)
+        read = self._inputs.calibration[: self.recipe.allocation_samples]
+        seen = evidence.gather(self.subject, self.recipe, allocator, 2, units, floors, read, self._run)
+        known = Evidence(self.recipe.sparsity_at(1), [unit.weights for unit in units], floors, seen)
         chosen = allocator.rates(known)
         found: dict[str, Any] = {"rates": clock.lap()}
         by_name = dict(zip(names, rates or chosen, strict=True))
-        errors, _ = self._pipeline.prune(self.subject, self._recipe, 1, by_name, self._inputs, self._dense, self._run)
+        errors, _ = self._pipeline.prune(self.subject, self.recipe, 1, by_name, self._inputs, self._dense, self._run)
         return found | {"pruning": clock.lap(), "errors": errors}
+
+    def examples(self, sequences: int, length: int) -> list[Any]:
+        """So many to train on."""
+        from losa.data import Example
+
+        return [Example(row, row.clone()) for row in tokens(sequences, length, 2, self._vocabulary)]
 
     def recovery(self, sequences: int) -> dict[str, Any]:
         """So many sequences of training, and the loss of the first MICRO before it."""
-        from losa.data import Example
         from losa.recovery import training
 
         self.wrap()
-        self._pipeline.set_ranks(self.subject, self._recipe, 1, "uniform", [])
-        examples = [Example(row, row.clone()) for row in tokens(sequences, self._length, 2, self._vocabulary)]
+        self._pipeline.set_ranks(self.subject, self.recipe, 1, "uniform", [])
+        examples = self.examples(sequences, self._length)
         with torch.no_grad():
             first = torch.stack([row for row, _ in examples[:MICRO]]).to(self.subject.model.device)
             loss = training.next_token_loss(self.subject.model, first, torch.ones_like(first), first)
         clock = Clock()
-        self._recipe.build("recovery").recover(self.subject, examples, self._recipe, 1, self._run)
+        self.recipe.build("recovery").recover(self.subject, examples, self.recipe, 1, self._run)
         return {"recovery": clock.lap(), "loss": loss.item() / (MICRO * (self._length - 1))}

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import transformers
 from masked_linear import RANK, SCALING, Fused, Naive, lora
-from parts import BATCH, MICRO, Clock, Parts, tokens
+from parts import BATCH, Clock, Parts
 from torch import nn
 
 from losa.adapters import MaskedLinear
-from losa.recovery.training import next_token_loss
+from losa.data import Example
+from losa.recovery.training import accumulate
 
 VOCABULARY, HEAD = 32000, 128
 UPDATES = 4  # of each way; the first is thrown away
@@ -84,16 +85,15 @@ def swap(model: nn.Module, was: type[nn.Module], make: Callable[[Any], nn.Module
     return found
 
 
-def updates(model: Any, rows: torch.Tensor) -> list[dict[str, float]]:
+def updates(parts: Parts, examples: list[Example]) -> list[dict[str, float]]:
     """Forward, backward, clipping and AdamW over whatever is trained; the first is thrown away."""
+    model = parts.subject.model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4)
     took = []
     for _ in range(UPDATES):
         clock = Clock()
-        for some in rows.split(MICRO):
-            loss = next_token_loss(model, some, torch.ones_like(some), some) / rows.numel()
-            loss.backward()
+        accumulate(parts.subject, model, examples, list(range(len(examples))), parts.recipe)
         torch.nn.utils.clip_grad_norm_(trained, 0.3)
         optimizer.step()
         optimizer.zero_grad()
@@ -105,7 +105,7 @@ def recover(parts: Parts, args: argparse.Namespace) -> None:
     """An update with each linear in turn, all on the same masks."""
     model = parts.subject.model
     swap(model, MaskedLinear, at_rank)
-    rows = tokens(BATCH, args.train_length, 2, VOCABULARY).to(args.device)
+    examples = parts.examples(BATCH, args.train_length)
     ways: dict[str, Callable[[Any], nn.Module] | None] = {
         "losa": None,
         "fused": Fused,
@@ -117,7 +117,7 @@ def recover(parts: Parts, args: argparse.Namespace) -> None:
     for name, make in ways.items():
         put_back = swap(model, MaskedLinear, make) if make else []
         since = peak(args.device)
-        took = updates(model, rows)
+        took = updates(parts, examples)
         seconds = statistics.median(lap["seconds"] for lap in took)
         say(f"update, {name}", {"seconds": seconds, "rows": BATCH, "length": args.train_length, **since()}, args)
         for path, module in put_back:
