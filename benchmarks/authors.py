@@ -26,7 +26,7 @@ import time
 import types
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -63,8 +63,8 @@ class Theirs:
         from peft.tuners.lora import LoraLayer
 
         self._prune, self._layer = lib.prune, LoraLayer
-        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign, assignment]
-        torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
+        torch.cuda.synchronize = lambda *_: None
         # What it asks of its arguments: a 7 in the model's name means 64 sequences for RMI.
         self._asked = types.SimpleNamespace(model="7b", sparsity_ratio=SPARSITY, nsamples=SAMPLES, use_variant=False)
         base = peft.prepare_model_for_kbit_training(build(args))
@@ -74,7 +74,7 @@ class Theirs:
             r=8, lora_alpha=16, target_modules=names, bias="none", lora_dropout=0.1, task_type="CAUSAL_LM"
         )
         self._model = peft.get_peft_model(base, config)
-        self._inner = self._model.base_model.model
+        self._inner = cast(Any, self._model.base_model.model)
         self._inner.hf_device_map, self._inner.seqlen = {}, args.length
         self._inner.eval()
         self._length, self._features = args.length, []  # type: int, list[torch.Tensor]
@@ -139,7 +139,7 @@ class Theirs:
     def recovery(self, sequences: int) -> dict[str, Any]:
         for module in self._model.modules():
             if isinstance(module, self._layer):
-                module.iter_rank = MEAN_RANK
+                module.iter_rank = MEAN_RANK  # type: ignore[assignment] # a number of theirs, no tensor
         trained = [p for p in self._model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.001)
         self._model.train()
@@ -239,7 +239,7 @@ def check(args: argparse.Namespace) -> None:
 def operations(args: argparse.Namespace, tokens: int) -> float:
     """Floating-point operations of the blocks' linears on so many tokens, once."""
     mlp = args.hidden * 43 // 16
-    return 2.0 * tokens * args.blocks * (4 * args.hidden**2 + 3 * args.hidden * mlp)
+    return float(2 * tokens * args.blocks * (4 * args.hidden**2 + 3 * args.hidden * mlp))
 
 
 def rate(args: argparse.Namespace) -> float:

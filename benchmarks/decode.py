@@ -204,7 +204,7 @@ class Ours:
 
         times: list[float] = []
 
-        class Clock(BaseStreamer):  # type: ignore[misc]
+        class Clock(BaseStreamer):
             def put(self, value: Any) -> None:
                 times.append(time.perf_counter())
 
@@ -280,7 +280,7 @@ def decoding(args: argparse.Namespace, blocks: int) -> None:
 
     def median(one: Any) -> float:
         time.sleep(PAUSE)
-        return statistics.median(one.seconds(args.tokens))
+        return float(statistics.median(one.seconds(args.tokens)))
 
     times = speed.in_turns({name: partial(median, one) for name, one in who.items()}, args.rounds)
     base = "llama.cpp BF16" if args.llama else "dense"

@@ -80,7 +80,7 @@ def captured(calls: Calls) -> Callable[[], float]:
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / len(calls)
+        return float(start.elapsed_time(end)) / len(calls)
 
     return timed
 

@@ -235,9 +235,9 @@ def peak_memory(name: str, dtype: str, device: str) -> dict[str, int]:
         return {"tensors": round((torch.cuda.max_memory_allocated() - before) / 2**20)}
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    before = high_water()
+    peak = high_water()
     whole_step()
-    resident = high_water() - before
+    resident = high_water() - peak
     model.zero_grad(set_to_none=True)
     x.grad = None
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:

@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -188,9 +187,9 @@ def tables(path: Path) -> dict[str, str]:
 def with_tables(text: str, made: dict[str, str]) -> str:
     """`text` with each table between its markers, where it has them."""
     for name, table in made.items():
-        text = re.sub(
-            f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL
-        )
+        before, start, rest = text.partition(f"<!-- {name} -->\n")
+        if start:
+            text = before + start + table + rest[rest.index("<!-- end -->") :]
     return text
 
 

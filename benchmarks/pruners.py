@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ def rounded(value: float) -> float:
 def compare(names: list[str], out: int, columns: int, wanted: Amount, tokens: int, rounds: int, top: int) -> None:
     """One line of JSON a pruner."""
     weight = 0.02 * torch.randn(out, columns, generator=torch.Generator().manual_seed(1))
-    x, calls = inputs(tokens, columns), {}
+    x = inputs(tokens, columns)
+    calls: dict[str, Callable[[], Any]] = {}
     for name in names:
         pruner = registry.get("pruner", name)()
         if pruner.needs_gradients:
@@ -109,7 +111,7 @@ def compare(names: list[str], out: int, columns: int, wanted: Amount, tokens: in
             statistic.update(torch.randn(out, len(x), generator=torch.Generator().manual_seed(2)) @ x, 1)
         elif (statistic := pruner.statistic(columns, "cpu")) is not None:
             statistic.update(x, 1)
-        calls[name] = lambda pruner=pruner, statistic=statistic: pruner.prune(weight, None, wanted, statistic)
+        calls[name] = partial(pruner.prune, weight, None, wanted, statistic)
         check(name, pruner, calls[name]()[1], wanted)  # and warms up
         if isinstance(pruner, SparseGPT):
             assert isinstance(statistic, Gram)

@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def build(args: argparse.Namespace) -> Subject:
     )
     torch.manual_seed(0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.to(dtype=dtype)
     return Subject(model, None, find_blocks(model), "random", dtype)
 
 
@@ -77,7 +79,7 @@ def main() -> None:
     for _ in range(args.rounds):
         times["forward"].append(seconds(forward))
         for name in names:
-            times[name].append(seconds(lambda name=name: rates(name)))
+            times[name].append(seconds(partial(rates, name)))
     for name in names:
         ratios = [t / f for t, f in zip(times[name], times["forward"], strict=True)]
         found = {"forward_seconds": statistics.median(times["forward"]), "more": statistics.median(ratios) - 1}

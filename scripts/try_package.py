@@ -24,7 +24,7 @@ def passes(package: Path) -> bool:
         python = home / "env" / "bin" / "python"
         quiet = ["--quiet", "--disable-pip-version-check"]
         subprocess.run([python, "-m", "pip", "install", *quiet, "-c", CONSTRAINTS, package.resolve()], check=True)
-        demo = [home / "env" / "bin" / "losa", "demo", "--json"]
+        demo = [str(home / "env" / "bin" / "losa"), "demo", "--json"]
         done = subprocess.run(demo, cwd=home, check=True, capture_output=True, text=True)
         models = json.loads(done.stdout.splitlines()[-1])["models"]
         dense, pruned, losa = (models[name]["perplexity"] for name in ("dense", "pruned only", "LoSA"))
