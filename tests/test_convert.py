@@ -88,6 +88,19 @@ def test_from_elsewhere_by_its_zeros(tmp_path: Path) -> None:
     assert inspect(dense)["zeros"] == inspect(tmp_path / "packed")["zeros"]
 
 
+def test_strays_of_other_tools(tmp_path: Path) -> None:
+    """What a dense model ignores is not taken for a part of a packed linear."""
+    dense = save_pruned(tmp_path / "dense")
+    whole = load_file(dense / "model.safetensors")
+    strays = {f"model.layers.{i}.self_attn.q_proj.weight_mask": torch.ones(3) for i in (0, 1)}
+    save_file(strays | whole, dense / "model.safetensors", {"format": "pt"})
+    convert(dense, tmp_path / "packed", "packed")
+    assert equal(load_masks(dense), load_masks(tmp_path / "packed"))
+    convert(tmp_path / "packed", tmp_path / "back", "dense")
+    assert equal(whole, tensors(tmp_path / "back"))
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
 def test_int8_and_back(tmp_path: Path) -> None:
     dense = save_pruned(tmp_path / "dense")
     convert(dense, tmp_path / "floats", "packed")

@@ -149,8 +149,7 @@ def compile_for_a_gpu() -> None:
         assert "popc.b32" in made.asm["ptx"] and ptx == ("prmt.b32" in made.asm["ptx"])
         through_memory = made.metadata.shared > 64 or "bar.sync" in made.asm["ptx"]
         assert not through_memory, "values go from lane to lane through shared memory"
-        if rows in (1, 8):
-            compiled(decode.expand, types, {"MANY": 1, "COLUMNS": gpu.COLUMNS, without: None}, 4)
+        compiled(decode.expand, types, {"MANY": 1, "COLUMNS": gpu.COLUMNS, without: None}, 4)
 
 
 def compiled(function: Any, pointers: dict[str, str], fixed: dict[str, Any], warps: int) -> Any:

@@ -60,6 +60,8 @@ def convert(
     companions = {files.key(f"{name}.{suffix}") for name in layouts for suffix in SUFFIXES[1:]}
     _check_weights(source, config, files, companions)
     linears = _linears(config, files)
+    if form == "packed":  # tensors that mean nothing to a dense model would be taken for those that are written here
+        companions |= {files.key(f"{name}.{suffix}") for name, _ in linears.values() for suffix in SUFFIXES[1:]}
     kept = load_masks(source) if layouts or (source / MASKS).is_file() else {}
     with writing(output, ""), _staging(Path(os.path.realpath(output))) as staging:  # where a link leads to
         writer = _Writer(staging)
