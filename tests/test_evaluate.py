@@ -66,6 +66,8 @@ def test_strides_on_the_command_line(llama: Path, text: Path, capsys: pytest.Cap
     assert (found["tokens"], found["window"], found["stride"]) == (300, 32, 8)
     assert main(["evaluate", str(llama), *rest, "--stride", "8"]) == 0
     assert "over 300 tokens" in (said := capsys.readouterr().out) and "windows of 32 every 8" in said
+    assert main(["evaluate", str(llama), *rest]) == 0
+    assert "over 288 tokens" in capsys.readouterr().out, "what fills no window is not read"
 
 
 # ------------------------------------------------------------------------------------------------- bad input

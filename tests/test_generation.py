@@ -1,6 +1,7 @@
 """losa generate: text as it is made, the same for the same seed, one line for bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,24 @@ def test_streams_what_it_makes(packed: Path, llama: Path, capsys: pytest.Capture
         found = json.loads(lines[0])
         assert shown.rstrip("\n") == found["text"].rstrip("\n") != ""
         assert 0 < found["tokens"] <= 12 and found["prompt"] == "def f(x):"
+
+
+def test_the_likeliest_whatever_the_model_asks_for(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own settings penalise what is there already, and search with beams."""
+    asking = tmp_path / "asking"
+    shutil.copytree(llama, asking)
+    settings = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2, "num_beams": 3, "do_sample": True, "top_k": 5}
+    (asking / "generation_config.json").write_text(json.dumps(settings))
+    texts = []
+    for model in (llama, asking):
+        assert (
+            main(["generate", str(model), "--prompt", "x", "--max-new-tokens", "30", "--dtype", "float32", "--json"])
+            == 0
+        )
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1]
 
 
 def test_draws_by_seed(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import losa
 from losa import pipeline, registry
 from losa.blocks import Subject, find_blocks
 from losa.data import training_examples
-from losa.errors import LosaError
+from losa.errors import Diverged, LosaError
 from losa.progress import Progress
 from losa.recipe import Recipe, from_settings
 from losa.recovery import rate as rates
@@ -45,7 +45,7 @@ def test_it_is_the_lowest_of_a_valley(
         def recover(self, _subject: Any, _examples: Any, recipe: Recipe, *_: Any) -> None:
             tried.append(recipe.peak_rate)
             if recipe.peak_rate >= fails_from:
-                raise LosaError("diverged")
+                raise Diverged("diverged")
 
     monkeypatch.setattr(rates, "held_out_loss", lambda *_: abs(math.log(tried[-1] / best)))
     recipe = changed(small, steps=1, learning_rate="auto")
@@ -84,7 +84,8 @@ def test_trials_leave_the_model_as_it_was(name: str, small: Recipe, monkeypatch:
     assert not any(parameter.requires_grad for parameter in subject.model.parameters())
 
 
-def test_a_loss_that_is_no_number_loses(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("highest", [1.5e-3, 1e-4, 1.6e-5])
+def test_a_loss_that_is_no_number_loses(highest: float, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the search begins: below it there is one that trains."""
     tried: list[float] = []
 
@@ -92,17 +93,28 @@ def test_a_loss_that_is_no_number_loses(small: Recipe, monkeypatch: pytest.Monke
         def recover(self, _subject: Any, _examples: Any, recipe: Recipe, *_: Any) -> None:
             tried.append(recipe.peak_rate)
 
-    monkeypatch.setattr(rates, "held_out_loss", lambda *_: math.nan if tried[-1] > 1.5e-3 else tried[-1])
+    monkeypatch.setattr(rates, "held_out_loss", lambda *_: math.nan if tried[-1] > highest else tried[-1])
     recipe = changed(small, steps=1, learning_rate="auto")
     examples = training_examples(small.train_data, tokenizer(), 16, 24, 0)
-    assert rates.choose_rate(subject_of(recipe), Fake(), examples, recipe, 1, QUIET) < 1.5e-3
+    assert rates.choose_rate(subject_of(recipe), Fake(), examples, recipe, 1, QUIET) < highest
 
 
 def test_what_no_rate_trains_is_said(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "held_out_loss", lambda *_: math.nan)
     recipe = changed(small, steps=1, learning_rate="auto")
-    with pytest.raises(LosaError, match=r"no learning rate from 0\.001 to 0\.004 trains"):
+    with pytest.raises(LosaError, match=r"no learning rate from 1\.\d+e-05 to 0\.004 trains"):
         losa.compress(tiny(), recipe, tokenizer=tokenizer())
+
+
+def test_what_has_nothing_to_do_with_the_rate_is_said(small: Recipe) -> None:
+    class Fake(registry.get("recovery", "none")):  # type: ignore[misc]
+        def recover(self, *_: Any) -> None:
+            raise LosaError("one rank only")
+
+    recipe = changed(small, steps=1, learning_rate="auto")
+    examples = training_examples(small.train_data, tokenizer(), 16, 24, 0)
+    with pytest.raises(LosaError, match="one rank only"):
+        rates.choose_rate(subject_of(recipe), Fake(), examples, recipe, 1, QUIET)
 
 
 def test_a_run_uses_and_tells_what_was_found(llama: Path, small: Recipe, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from losa import generation, sources
 from losa import model as models
-from losa import sources
 from losa.errors import LosaError
 
 
@@ -58,7 +58,8 @@ def compare(sparse: Any, dense: Any, tokenizer: Any, prompts: list[str], new_tok
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         start = ids.shape[1]
-        texts = {"dense": _continued(dense, ids, new_tokens), "sparse": _continued(sparse, ids, new_tokens)}
+        both = {"dense": dense, "sparse": sparse}
+        texts = {name: _continued(model, tokenizer, ids, new_tokens) for name, model in both.items()}
         written = {name: text[start:].tolist() for name, text in texts.items()}
         alike = int((_logits(sparse, texts["dense"], start).argmax(-1) == texts["dense"][start:]).sum())
         loss = {
@@ -80,20 +81,11 @@ def compare(sparse: Any, dense: Any, tokenizer: Any, prompts: list[str], new_tok
     }
 
 
-def _continued(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
-    """The prompt (int64 [1, tokens]) and what the model writes after it, one token at least: int64 [tokens], on the CPU.
-
-    Greedy, whatever sampling the model's own generation settings ask for.
-    """
-    from transformers import GenerationConfig
-
-    greedy = GenerationConfig(
-        do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, max_new_tokens=new_tokens,
-        temperature=1.0, top_k=50, top_p=1.0,
-    )  # fmt: skip
-    ids = ids.to(model.device)
-    written: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
-    return written[0].cpu()
+def _continued(model: Any, tokenizer: Any, ids: Tensor, new_tokens: int) -> Tensor:
+    """The prompt (int64 [1, tokens]) and what the model holds likeliest after it, one token at least: int64 [tokens], on the CPU."""
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    written = generation.continued(model, tokenizer, inputs, new_tokens, 0, **generation.LIKELIEST)
+    return torch.cat([ids[0], written.cpu()])
 
 
 def _logits(model: Any, text: Tensor, start: int) -> Tensor:

@@ -3,3 +3,7 @@
 
 class LosaError(Exception):
     """Bad input. The command line prints its message and exits with code 2."""
+
+
+class Diverged(LosaError):
+    """A loss that did not stay finite."""

@@ -159,7 +159,8 @@ def evaluate(
         subject = model.load_whole(source, recipe)
         model.check_finite(subject)
     if asked.data:
-        found |= {"data": asked.data, "tokens": len(tokens), "window": window, "stride": asked.stride}
+        count = len(tokens) if asked.stride else whole_windows(tokens, window).numel()
+        found |= {"data": asked.data, "tokens": count, "window": window, "stride": asked.stride}
         found["perplexity"] = perplexity(subject, tokens, window, asked.stride, progress=progress)
     if prepared:
         found |= harness.run(subject, tokenizer, prepared, asked.limit, asked.batch_size, quiet)

@@ -158,7 +158,7 @@ class Text:
         if text is None:
             return
         window = self.window = model.reading_window(subject.model.config, recipe.eval_window)
-        wanted, self.tokens = recipe.eval_step_tokens, len(text)
+        wanted, self.tokens = recipe.eval_step_tokens, evaluate.whole_windows(text, window).numel()
         texts = {"perplexity": text}
         if wanted and ("perplexity" not in names or wanted < len(text)):  # else it is all of it
             texts["sample_perplexity"] = evaluate.spread(text, window, wanted)

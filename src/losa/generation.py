@@ -13,6 +13,13 @@ from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.sparse import decoding
 
+# The likeliest token each time, whatever the model's own generation settings ask for.
+LIKELIEST = {
+    "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "temperature": None, "top_k": None, "top_p": None,
+}  # fmt: skip
+SEEDED = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}  # of small models: they soon repeat the likeliest
+
 
 def generate(
     source: str,
@@ -59,11 +66,10 @@ def generate(
     if loaded.device.type == "cpu":
         decoding.attach(loaded)
     drawn = {"do_sample": True, "temperature": temperature}
-    likeliest = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     began = time.perf_counter()
     ids = continued(
-        loaded, tokenizer, inputs, max_new_tokens, settings.seed, streamer, **(drawn if temperature else likeliest)
+        loaded, tokenizer, inputs, max_new_tokens, settings.seed, streamer, **(drawn if temperature else LIKELIEST)
     )
     seconds = time.perf_counter() - began
     text = str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -20,7 +20,8 @@ def measure(subject: Subject, recipe: Recipe, inputs: Inputs, run: Run) -> dict[
         found = evaluate.perplexity(whole, inputs.evaluation, window, progress=run.progress)
     same = recipe.eval_step_tokens >= len(inputs.evaluation)
     part = found if same else measure_step(subject, recipe, inputs, None, run)
-    return {"perplexity": found, "sample_perplexity": part, "tokens": len(inputs.evaluation), "window": window}
+    count = evaluate.whole_windows(inputs.evaluation, window).numel()
+    return {"perplexity": found, "sample_perplexity": part, "tokens": count, "window": window}
 
 
 def measure_step(subject: Subject, recipe: Recipe, inputs: Inputs, step: int | None, run: Run) -> float | None:
@@ -45,9 +46,10 @@ def sample(subject: Subject, recipe: Recipe, inputs: Inputs, which: str, run: Ru
         for prompt in inputs.prompts:
             encoded = subject.tokenizer(prompt, return_tensors="pt")
             tokens = int(min(recipe.sample_tokens, longest - encoded["input_ids"].shape[1]))
-            drawn = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
             try:
-                made = generation.continued(subject.model, subject.tokenizer, encoded, tokens, recipe.seed, **drawn)
+                made = generation.continued(
+                    subject.model, subject.tokenizer, encoded, tokens, recipe.seed, **generation.SEEDED
+                )
             except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
                 raise LosaError(
                     f"the model cannot continue a prompt ({error}); --sample-tokens 0 asks it not to"

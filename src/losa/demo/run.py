@@ -7,7 +7,7 @@ from typing import Any
 from losa import recipe
 from losa.checkpoint import weight_bytes
 from losa.errors import LosaError
-from losa.generation import continued
+from losa.generation import SEEDED, continued
 from losa.inputs import check
 from losa.pipeline import compress
 from losa.progress import Progress
@@ -62,5 +62,5 @@ def demo(output: Path, chosen: dict[str, Any], resume: bool, overwrite: bool, pr
 def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
     """What the model makes of the prompt; a seeded sample, since the likeliest tokens of so small a model soon repeat."""
     inputs = tokenizer(prompt, return_tensors="pt")
-    ids = continued(model, tokenizer, inputs, 60, seed=0, do_sample=True, temperature=0.6, top_p=0.9)
+    ids = continued(model, tokenizer, inputs, 60, seed=0, **SEEDED)
     return str(tokenizer.decode(ids, skip_special_tokens=True))

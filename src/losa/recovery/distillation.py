@@ -29,8 +29,9 @@ CHUNK = 1 << 26  # logits (256 MiB in fp32) whose loss is computed at once
 @dataclass
 class Prediction:
     """What a teacher says of n positions: log-probabilities, fp32 [n, k], of the tokens `ids` (int64 [n, k]), and the
-    logarithm of what all others have, [n]; ids and rest None: of the first k tokens, which are all it knows."""
+    logarithm of what all others of the first `vocabulary` tokens have, [n]; ids and rest None: of all of these."""
 
+    vocabulary: int
     logs: Tensor
     ids: Tensor | None = None
     rest: Tensor | None = None
@@ -38,9 +39,9 @@ class Prediction:
     def split(self, size: int) -> "list[Prediction]":
         """In pieces of `size` positions."""
         if self.ids is None or self.rest is None:
-            return [Prediction(logs) for logs in self.logs.split(size)]
+            return [Prediction(self.vocabulary, logs) for logs in self.logs.split(size)]
         parts = zip(self.logs.split(size), self.ids.split(size), self.rest.split(size), strict=True)
-        return [Prediction(*part) for part in parts]
+        return [Prediction(self.vocabulary, *part) for part in parts]
 
 
 class Teacher(Protocol):
@@ -62,10 +63,9 @@ def divergence(logits: Tensor, said: Prediction, temperature: float) -> Tensor:
 
     Tokens that only one of them knows (rows of padding in a head) take no part.
     """
+    scaled = logits[:, : said.vocabulary].float() / temperature
     if said.ids is None or said.rest is None:
-        logs = F.log_softmax(logits[:, : said.logs.shape[1]].float() / temperature, dim=-1)
-        return F.kl_div(logs, said.logs, reduction="sum", log_target=True)
-    scaled = logits.float() / temperature
+        return F.kl_div(F.log_softmax(scaled, dim=-1), said.logs, reduction="sum", log_target=True)
     whole = scaled.logsumexp(dim=-1)
     others = scaled.scatter(1, said.ids, torch.finfo(torch.float32).min).logsumexp(dim=-1)
     top = F.kl_div(scaled.gather(1, said.ids) - whole.unsqueeze(1), said.logs, reduction="sum", log_target=True)
@@ -111,7 +111,8 @@ class Live:
         """All its log-probabilities."""
         named = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         logits = self.model(**named, use_cache=False).logits[:, :-1][counted(inputs["labels"])]
-        return Prediction(F.log_softmax(logits[:, : self.vocabulary].float() / self.temperature, dim=-1))
+        logs = F.log_softmax(logits[:, : self.vocabulary].float() / self.temperature, dim=-1)
+        return Prediction(self.vocabulary, logs)
 
 
 class Cached:
@@ -121,10 +122,10 @@ class Cached:
     positions n that count, and `starts` int64 [rows + 1], where each row begins.
     """
 
-    def __init__(self, run: "Run", shards: range, temperature: float) -> None:
+    def __init__(self, run: "Run", shards: range, vocabulary: int, temperature: float) -> None:
         from safetensors import safe_open
 
-        self.temperature = temperature
+        self.vocabulary, self.temperature = vocabulary, temperature
         self._files = {number: safe_open(run.path(_shard(number)), framework="pt") for number in shards}
         self._starts: dict[int, Tensor] = {number: file.get_tensor("starts") for number, file in self._files.items()}
 
@@ -140,7 +141,7 @@ class Cached:
         logs, rest = logs.float(), rest.float()
         # what fp16 has rounded sums to one again
         whole = torch.cat([logs, rest.unsqueeze(1)], dim=1).logsumexp(dim=1)
-        return Prediction(logs - whole.unsqueeze(1), ids.long(), rest - whole)
+        return Prediction(self.vocabulary, logs - whole.unsqueeze(1), ids.long(), rest - whole)
 
 
 def teacher_of(subject: Subject, recipe: Recipe, inputs: Inputs, run: "Run") -> Teacher | None:
@@ -197,14 +198,14 @@ def cached(live: Live, examples: list[data.Example], pad_id: int, recipe: Recipe
         begins = [0, *itertools.accumulate(length for part in distributed.gather(lengths) for length in part)]
         run.save(_shard(number), {**tensors, "starts": torch.tensor(begins)}, {"rows": len(rows)})
     distributed.gather(None)  # rank 0 has written them all
-    return Cached(run, shards, recipe.distill_temperature)
+    return Cached(run, shards, live.vocabulary, recipe.distill_temperature)
 
 
 def shortened(said: Prediction, k: int) -> Prediction:
     """Of a prediction over all tokens, the `k` likeliest and the mass of the others."""
     logs, ids = said.logs.topk(k, dim=-1)
     others = said.logs.scatter(1, ids, -torch.inf)
-    return Prediction(logs, ids, others.logsumexp(dim=-1))
+    return Prediction(said.vocabulary, logs, ids, others.logsumexp(dim=-1))
 
 
 def _shard(number: int) -> str:

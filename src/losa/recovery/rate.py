@@ -9,7 +9,7 @@ import torch
 from losa import data, distributed, sharding
 from losa.adapters import MaskedLinear
 from losa.blocks import Subject
-from losa.errors import LosaError
+from losa.errors import Diverged, LosaError
 from losa.recipe import Recipe
 from losa.recovery.base import Recovery
 from losa.recovery.training import next_token_loss
@@ -69,7 +69,8 @@ def choose_rate(
     """The learning rate whose trial leaves the lowest next-token loss on rows that no trial has seen.
 
     A trial is a whole recovery, warm-up and decay included, of few updates; then the model is put back as it was. From
-    START on, in the direction that is better as long as it is. What diverges loses. Raises LosaError if everything does.
+    START on, in the direction that is better as long as it is. What diverges loses, and below it there may be one that does not.
+    Raises LosaError if everything does.
     """
     held = examples[-max(1, min(HELD, len(examples) // 5)) :]
     rows = examples[: min(TRIAL * recipe.batch_size, len(examples) - len(held)) or 1]
@@ -84,7 +85,7 @@ def choose_rate(
                 recovery.recover(subject, rows, brief, step, Trial(run, f"step {step}/{recipe.steps}: trying {rate:g}"))
                 loss = held_out_loss(subject, held, recipe)
                 found[rate] = loss if math.isfinite(loss) else math.inf  # NaN is not more than anything
-            except LosaError:
+            except Diverged:
                 found[rate] = math.inf
             for linear, state in zip(linears, before, strict=True):
                 linear.load_state_dict(state, strict=False)  # what is not in it has not moved
@@ -92,12 +93,11 @@ def choose_rate(
         return found.get(rate, math.inf)
 
     best = START
-    for factor in (2.0, 0.5):
-        if factor == 0.5 and best > START:
-            break
-        while trial(best * factor) < trial(best):
-            best *= factor
-    if not math.isfinite(found[best]):
+    while trial(2 * best) < trial(best):
+        best *= 2
+    while best <= START and (trial(best / 2) < trial(best) or (trial(best) == math.inf and best / 2 >= LOWEST)):
+        best /= 2
+    if trial(best) == math.inf:
         raise LosaError(f"no learning rate from {min(found):g} to {max(found):g} trains: check the recovery data")
     run.say(f"step {step}/{recipe.steps}: learning rate {best:g}, of {len(found)} tried")
     return best

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from losa import data, distributed
 from losa.blocks import Subject
-from losa.errors import LosaError
+from losa.errors import Diverged
 from losa.recipe import Recipe
 from losa.recovery import footprint
 from losa.recovery.distillation import mixed_loss
@@ -32,7 +32,7 @@ def train(
 
     The loss is that of the next token, mixed with the divergence from `subject.teacher` if the recipe distils. The learning rate rises over the first `warmup` share of the updates and falls linearly to zero. Goes on from the
     checkpoint of this step in `run`, if there is one, as if it had never stopped. The model stays in eval mode: no dropout.
-    `between`: what else happens at each update. Raises LosaError if the loss is not finite.
+    `between`: what else happens at each update. Raises Diverged if the loss is not finite.
     """
     between = between or Between()
     order = order_of(len(examples), recipe)
@@ -48,7 +48,7 @@ def train(
             loss = sum_over_processes(loss, parameters.values()) + between.penalise()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise LosaError(
+                raise Diverged(
                     f"step {step}, update {update + 1}: loss {loss}, gradient norm {norm:.3g}: lower learning_rate "
                     f"({recipe.peak_rate:g}) or clip ({recipe.clip:g})"
                 )
