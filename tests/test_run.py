@@ -162,6 +162,31 @@ def test_a_run_is_resumed_in_the_dtype_it_was_started_in(
     losa.compress(str(llama), auto, out, resume=True)  # finished: nothing is computed
 
 
+def test_a_run_out_of_memory_goes_on_with_less(
+    llama: Path, tmp_path: Path, brief: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And so does the plain --resume after that; what comes out is the same but for rounding."""
+    source = ["compress", str(llama), "--output"]
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(changed(brief, batch_size=4, micro_batch_size=4).to_json()))
+    assert main([*source, str(tmp_path / "whole"), "--recipe", str(path)]) == 0
+    out = str(tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("losa.pipeline.recover_step", lambda *_: (_ for _ in ()).throw(Killed))
+        main([*source, out, "--recipe", str(path)])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("losa.pipeline.recover_step", lambda *_: (_ for _ in ()).throw(Killed))
+        main([*source, out, "--resume", "--micro-batch-size", "1", "--checkpointing"])
+    assert "begun with micro_batch_size 4, resumed with 1" in capsys.readouterr().err
+    assert main([*source, out, "--resume"]) == 0
+    said = json.loads((tmp_path / "out" / "losa.json").read_text())["recipe"]
+    assert (said["micro_batch_size"], said["checkpointing"]) == (1, True)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    for name in a:
+        assert torch.equal(a[name] == 0, b[name] == 0)
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
+
+
 def test_rows_are_counted_once_the_data_are_read(llama: Path, tmp_path: Path, brief: Recipe) -> None:
     """Where the recipe does not say how many: a killed run goes on, and the result says how many there were."""
     own = tmp_path / "own.jsonl"

@@ -45,6 +45,8 @@ CARD = "README.md"
 REPORT = "report.html"
 REPORT_MARK = b"<!doctype html><!-- a report of losa -->"  # how a report begins
 STATES = ("finetuned", "dense", "before", "pruned", "rate", "rates", "recovery")
+# Settings that decide how a run is computed, not what comes out but for rounding: others may be given when it goes on.
+CHANGEABLE = ("micro_batch_size", "checkpointing", "checkpoint_minutes", "device")
 FORMAT = 1  # of the run directory; a reader refuses others
 
 
@@ -95,7 +97,8 @@ class Run:
         self._begin_log("started", asked)
 
     def resume(self, recipe: Recipe, source: str, computed: dict[str, str] | None = None) -> None:
-        """Go on with what `output` holds. Raises LosaError if it holds no run, or one with other settings or in another dtype."""
+        """Go on with what `output` holds. Raises LosaError if it holds no run, or one in another dtype or with other settings
+        than those of CHANGEABLE."""
         if self.output is None:
             raise LosaError("nothing to resume: name the output folder of the run")
         self.steps = recipe.steps
@@ -105,6 +108,11 @@ class Run:
             return
         with writing(self.output):
             self._take_lock()
+            if not self.finished:
+                path = self.folder / "recipe.json"
+                kept = json.loads(path.read_text())
+                kept["recipe"] |= {name: asked["recipe"][name] for name in CHANGEABLE}
+                write_json(path, kept)
             for left in [p for name in ("*.new", "export", "shard", "activations*") for p in self.folder.glob(name)]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             log = self.folder / "log.jsonl"
@@ -139,11 +147,13 @@ class Run:
         for name, value in asked["recipe"].items():
             if name == "dtype" and was["dtype"] and was["dtype"] == now["dtype"]:
                 continue  # auto, and what it comes to
-            if kept["recipe"].get(name) != value:
-                before = kept["recipe"].get(name)
+            before = kept["recipe"].get(name)
+            if before != value and name not in CHANGEABLE:
                 raise LosaError(
                     f"{self.output} was started with {name} = {before!r}, not {value!r}: resume it as it was"
                 )
+            if before != value and name == "micro_batch_size":
+                self.say(f"begun with {name} {before}, resumed with {value}: sums are rounded in another order")
 
     def _take_lock(self) -> None:
         """The system frees it however the process ends."""
