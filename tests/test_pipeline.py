@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import MODELS, changed, files, killed_after, save_tiny, tiny, tokenizer
+from test_pruners import surgeon
 from torch import Tensor
 
 import losa
@@ -85,13 +87,14 @@ def test_merged_and_adapted_model_agree(kind: str, pruner: str, small: Recipe, m
     assert (logits(result.model) - before[0]).norm() <= 1e-5 * before[0].norm()
 
 
-def one_shot_wanda(model: Any, tokens: Tensor, sparsity: float) -> None:
-    """The published method in float64, written from its paper: block by block, inputs from the pruned blocks before."""
+def one_shot(model: Any, tokens: Tensor, pruned: Callable[[str, Tensor, Tensor], Tensor]) -> None:
+    """Block by block, each linear's weight becomes what `pruned` makes of it and of its inputs ([samples, length, in]), which come
+    from the pruned blocks before."""
     for block in find_blocks(model):
         inputs: dict[str, Tensor] = {}
 
         def keep(_m: Any, x: tuple[Tensor], name: str, inputs: dict[str, Tensor] = inputs) -> None:
-            inputs[name] = x[0].flatten(0, -2)
+            inputs[name] = x[0].view(len(tokens), -1, x[0].shape[-1])  # OPT's MLP flattens
 
         hooks = [linear.register_forward_pre_hook(partial(keep, name=name)) for name, linear in block.linears.items()]
         with torch.no_grad():
@@ -99,9 +102,14 @@ def one_shot_wanda(model: Any, tokens: Tensor, sparsity: float) -> None:
         for hook in hooks:
             hook.remove()
         for name, linear in block.linears.items():
-            score = linear.weight.data.abs() * inputs[name].norm(dim=0)
-            order = score.argsort(dim=1, stable=True)[:, : int(sparsity * score.shape[1])]
-            linear.weight.data.scatter_(1, order, 0)
+            linear.weight.data.copy_(pruned(name, linear.weight.data, inputs[name]))
+
+
+def wanda(_name: str, weight: Tensor, x: Tensor) -> Tensor:
+    """Half of every row, written from the paper."""
+    score = weight.abs() * x.flatten(0, -2).norm(dim=0)
+    order = score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2]
+    return weight.scatter(1, order, 0)
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "qwen3"])
@@ -109,12 +117,29 @@ def test_one_step_without_training_is_the_published_method(kind: str, small: Rec
     """Invariant 3, weight for weight."""
     plain = changed(small, steps=1, allocator="uniform", recovery="none", eval_data="")
     oracle = tiny(kind).double()
-    tokens = calibration_tokens(small.calibration, tokenizer(), 12, 24, small.seed)
-    one_shot_wanda(oracle, tokens, 0.5)
+    one_shot(oracle, calibration_tokens(small.calibration, tokenizer(), 12, 24, small.seed), wanda)
     result = losa.compress(tiny(kind), plain, tokenizer=tokenizer())
     for block, expected in zip(find_blocks(result.model), find_blocks(oracle), strict=True):
         for name, linear in block.linears.items():
             assert torch.equal(linear.weight.double(), expected.linears[name].weight), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_one_step_of_sparsegpt_is_the_published_method(kind: str, small: Recipe) -> None:
+    """Against surgery in float64, which follows the masks and asserts that they are its own but for ties."""
+    plain = changed(small, steps=1, allocator="uniform", recovery="none", eval_data="", pruner="sparsegpt")
+    result = losa.compress(tiny(kind), plain, tokenizer=tokenizer())
+    found = {name: linear.weight for block in find_blocks(result.model) for name, linear in block.linears.items()}
+
+    def surgery(name: str, weight: Tensor, x: Tensor) -> Tensor:
+        every = torch.ones_like(weight, dtype=torch.bool)
+        return torch.from_numpy(surgeon(weight, every, x, 0.5, found[name] != 0, block=128))
+
+    oracle = tiny(kind).double()
+    one_shot(oracle, calibration_tokens(small.calibration, tokenizer(), 12, 24, small.seed), surgery)
+    for block in find_blocks(oracle):
+        for name, linear in block.linears.items():
+            torch.testing.assert_close(found[name].double(), linear.weight.data, rtol=1e-4, atol=1e-5)
 
 
 def test_errors_are_those_against_the_dense_model(small: Recipe) -> None:
