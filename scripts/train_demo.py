@@ -1,4 +1,4 @@
-"""Trains the built-in model from nothing: tokenizer, then a small Llama on Python source. About 100 minutes on two cores.
+"""Trains the built-in model from nothing: tokenizer, then a small Llama on Python source. About an hour on two cores.
 
     python scripts/train_demo.py --output /tmp/demo --stdlib /usr/lib/python3.13 ...
     python scripts/train_demo.py --output /tmp/larger --shape 768x12x2048 --device cuda --steps 6000 --batch 65536
@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--stdlib", type=Path, action="append", default=[], help="another Python's standard library")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--shape", default=SHAPE, help="HIDDENxBLOCKSxMLP, heads of 64")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=BATCH, help="tokens an update; 8192 at once")

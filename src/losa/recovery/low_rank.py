@@ -42,7 +42,8 @@ class MaskedLowRank(Recovery):
 
 
 class SparseLoRA(MaskedLowRank):
-    """One mask and one rank for all, trained under the mask: LoSA with its three strategies off (paper, table 14)."""
+    """One step and one rank for all, trained under the mask. With uniform rates, as in the recipe of this name, LoSA with its
+    three strategies off (paper, table 14)."""
 
     once = True
     rank_by = ("uniform",)

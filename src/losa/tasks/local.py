@@ -1,4 +1,4 @@
-"""Rows of the paper's tasks from local files, as their authors or the hub publish them.
+"""Rows of the paper's tasks from local files, as their authors or the hub publish them (of BoolQ, SuperGLUE's form only).
 
 Every row comes out with the fields that the dataset has on the hub, since the task definitions read those.
 """
