@@ -1,5 +1,6 @@
 """The command line as a user meets it: results, one clear line for bad input, exit codes, nothing half-written."""
 
+import errno
 import json
 import os
 import shutil
@@ -233,6 +234,70 @@ def test_outputs_are_not_overwritten_unasked(
 def test_an_output_that_cannot_be_written(llama: Path, settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     # /proc takes no folders, not even from root
     assert "cannot be written" in refused(capsys, "compress", llama, *flags(settings), "--output", "/proc/losa-out")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("MODEL", "--output", "PLACE/out"),
+        ("MODEL", "--output", "out", "--calibration", "PLACE/rows.jsonl"),
+        ("PLACE/model", "--output", "out"),
+        ("MODEL", "--output", "out", "--recipe", "PLACE/mine.json"),
+        ("MODEL", "--output", "out", "--distill", "0.5", "--teacher-model", "PLACE/model"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("place", "reason"), [("locked", "Permission denied"), ("n" * 300, "File name too long")], ids=["locked", "long"]
+)
+def test_a_path_that_cannot_be_looked_at_is_one_line(
+    arguments: Sequence[str],
+    place: str,
+    reason: str,
+    llama: Path,
+    tmp_path: Path,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """pathlib passes on that a folder may not be entered, and that a name is too long, where it is asked what is there."""
+    stat = os.stat
+
+    def forbidding(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if "locked" in str(path):  # root may enter all
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "stat", forbidding)
+    given = [word.replace("PLACE", place).replace("MODEL", str(llama)) for word in arguments]
+    said = refused(capsys, "compress", given[0], *flags(settings), "--quiet", *given[1:])
+    assert place in said and reason in said
+    assert place != "locked" or "no folder has that name" not in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compress", "~no-such-user/model", "--output", "out", "--calibration=demo", "--train-data=demo"),
+        ("compress", "demo", "--output", "out", "--calibration", "~no-such-user/rows.jsonl"),
+        ("recover", "demo", "--output", "out", "--train-data", "~no-such-user/rows.jsonl"),
+        ("evaluate", "~no-such-user/model", "--data", "demo:test"),
+    ],
+)
+def test_a_home_that_nobody_has_is_a_path_that_does_not_exist(
+    arguments: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "does not exist" in refused(capsys, *arguments)
+
+
+def test_what_else_the_system_refuses_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "of-losa")
+
+    monkeypatch.setattr("losa.run.read_recipe", missing)
+    with pytest.raises(FileNotFoundError):
+        main(["compress", "demo", "--output", "x", "--resume"])
 
 
 def test_a_full_disk_ends_in_one_line_and_no_half_result(llama: Path, tmp_path: Path, settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """The model card, README.md of a saved model: what it is, from what, how, measured how, and how to load it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _base(source: str) -> str | None:
     """The hub's name of the model, if that is where it came from."""
     from losa.model import HUB_NAME
 
-    here = source == "demo" or Path(source).expanduser().exists() or "/" not in source
+    here = source == "demo" or os.path.exists(os.path.expanduser(source)) or "/" not in source
     return source if not here and HUB_NAME.fullmatch(source) else None
 
 

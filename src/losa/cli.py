@@ -1,6 +1,7 @@
 """The command line: flags made from the recipe. What the commands do is in commands.py."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -64,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:  # of a path that someone named; what else the system refuses is losa's to mend
+        if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            raise
+        distributed.say_end(f"{str(error.filename)!r} cannot be used ({error.strerror}): name another path")
+        return 2
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -1,6 +1,7 @@
 """Before a run begins: what can be known to be wrong, and everything it reads, as tokens."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def check(source: Any, recipe: Recipe, output: Path | None, overwrite: bool = Fa
         footprint.check(recipe)
     if output and not resume:
         check_output(output, overwrite)
-    if output and isinstance(source, str) and output.resolve() == Path(source).expanduser().resolve():
+    if output and isinstance(source, str) and output.resolve() == Path(os.path.expanduser(source)).resolve():
         raise LosaError(f"output {str(output)!r} is the model itself: name another folder")
     if output and not resume:
         _check_apart(recipe, output.resolve())
@@ -101,7 +102,7 @@ def _check_apart(recipe: Recipe, output: Path) -> None:
     data_read = {"calibration": recipe.prunes, "train_data": recipe.trains, "eval_data": bool(recipe.eval_data)}
     for name in (name for name, is_read in data_read.items() if is_read):
         if sources.place_of(getattr(recipe, name)) == "file":
-            places[name] = Path(getattr(recipe, name)).expanduser()
+            places[name] = Path(os.path.expanduser(getattr(recipe, name)))
     for name, place in places.items():
         if place.exists() and output in (place.resolve(), *place.resolve().parents):
             raise LosaError(f"{name} {str(place)!r} is in the output, which is replaced: name another folder")

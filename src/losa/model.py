@@ -79,7 +79,7 @@ def locate(source: str) -> str:
     """
     if source == "demo":
         return str(resources.files("losa").joinpath("demo", "model"))
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         if HUB_NAME.fullmatch(source) and not source.startswith("."):
             return source
@@ -256,7 +256,8 @@ def loading(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        note = "" if Path(source).expanduser().exists() or source == "demo" else " (and no folder has that name)"
+        found = source == "demo" or isinstance(error, PermissionError) or os.path.exists(os.path.expanduser(source))
+        note = "" if found else " (and no folder has that name)"
         raise LosaError(f"cannot load the model {source!r}{note}: {reason}") from error
 
 

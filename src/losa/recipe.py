@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -305,7 +306,7 @@ def load(names: str | None, overrides: dict[str, Any] | None = None, kind: type[
     kind: what is made of them; a Repair takes of recipes that come with losa the part that is not about pruning.
     """
     settings: dict[str, Any] = {}
-    for name in [names] if names is None or Path(names).is_file() else names.split(","):
+    for name in [names] if names is None or os.path.isfile(names) else names.split(","):
         found = {} if name is None else _settings_of(name)
         settings |= kind.part_of(found) if name in RECIPES else found
     overrides = overrides or {}

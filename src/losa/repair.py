@@ -35,7 +35,7 @@ def folder_of(source: Any) -> Path | None:
     """
     if not isinstance(source, str | os.PathLike) or source == "demo":
         return None
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder if (folder / MASKS).is_file() else None
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache

@@ -377,7 +377,7 @@ def damaged(path: Path, error: Exception) -> LosaError:
 
 def may_be_same(was: str, now: str) -> bool:
     """Whether two names may be of one model: written otherwise, or moved. Whether they are, only what is in them says."""
-    there = Path(now).expanduser()
+    there = Path(os.path.expanduser(now))
     return was == now or (there.is_dir() and (not Path(was).exists() or Path(was).resolve() == there.resolve()))
 
 

@@ -85,7 +85,7 @@ def check_source(source: str, purpose: Purpose | None = None) -> None:
     if purpose:
         _check_purpose(source, purpose)
     if place == "file":
-        for where, record in read_records(Path(source).expanduser(), "calibrate"):
+        for where, record in read_records(Path(os.path.expanduser(source)), "calibrate"):
             _format(record, where)
             return
         raise LosaError(f"{source!r} is empty")
@@ -102,7 +102,7 @@ def load_rows(source: str, purpose: Purpose, tokenizer: "PreTrainedTokenizerBase
     if place == "demo":
         return (Row("", document.text) for document in corpus.standard_library()[str(SOURCES[source])])
     if place == "file":
-        records = read_records(Path(source).expanduser(), purpose)
+        records = read_records(Path(os.path.expanduser(source)), purpose)
     else:
         records = _read_hub(source, purpose)
         if source == "wikitext2" and purpose != "evaluate":
@@ -123,7 +123,7 @@ def place_of(source: str) -> Literal["demo", "named", "file", "hub"]:
     """What kind of source it is. Raises LosaError if it is none, or a file that is not there or not of a known type."""
     if source in SOURCES:
         return "named" if isinstance(SOURCES[source], Hub) else "demo"
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         raise LosaError(f"{source!r} is a folder: expected a file ({', '.join(SUFFIXES)})")
     if path.exists():

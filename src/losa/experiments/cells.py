@@ -190,7 +190,7 @@ def fingerprint(source: str) -> dict[str, str]:
 def _text(source: str) -> str:
     """Of a text: a local file's bytes, or the name; the built-in one is the standard library of this Python."""
     if source and sources.place_of(source) == "file":
-        return hashlib.sha256(_some(Path(source).expanduser())).hexdigest()
+        return hashlib.sha256(_some(Path(os.path.expanduser(source)))).hexdigest()
     return f"{source} of Python {platform.python_version()}" if source.startswith("demo") else source
 
 

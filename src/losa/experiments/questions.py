@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class Questions:
     def _known_by(self, name: str) -> tuple[str, Any]:
         """A task by its local rows, by the definition in its file (not by what that refers to), or by its name."""
         if name in self._data:
-            return name, local.rows(name, Path(self._data[name]).expanduser())
+            return name, local.rows(name, Path(os.path.expanduser(self._data[name])))
         if Path(name).is_file():
             return Path(name).name, Path(name).read_text(encoding="utf-8")
         return name, platform.python_version() if name.startswith("demo") else ""

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def expand(names: Iterable[str], task_data: Mapping[str, str]) -> list[str]:
             raise registry.unknown("task in --task-data", name, local.FIELDS)
         if name not in found:
             raise LosaError(f"--task-data {name}={path}: {name} is not among the tasks ({', '.join(found) or 'none'})")
-        local.find(name, Path(path).expanduser())
+        local.find(name, Path(os.path.expanduser(path)))
     return [*found]
 
 
@@ -51,7 +52,7 @@ def prepare(names: Sequence[str], task_data: Mapping[str, str]) -> dict[str, Any
     prepared: dict[str, Any] = {}
     for name in names:
         if name in task_data:
-            prepared[name] = _with_rows(manager, name, Path(task_data[name]).expanduser())
+            prepared[name] = _with_rows(manager, name, Path(os.path.expanduser(task_data[name])))
             continue
         try:
             with _hushed(output=True):
