@@ -427,6 +427,8 @@ def test_the_demo_recovers_what_pruning_lost(tmp_path: Path, monkeypatch: pytest
     [
         (["compress", "demo", "--output", "x", "--steps", "abc"], "--steps: invalid int value: 'abc'"),
         (["compress", "demo", "--output", "x", "--pruner-options", "x"], "--pruner-options: 'x' is not JSON"),
+        (["compress", "demo", "--output", "x", "--pruner-options", "[" * 100_000], "is not JSON"),
+        (["compress", "demo", "--output", "x", "--pruner-options", "9" * 5000], "is not JSON"),
         (["compres", "demo"], "invalid choice: 'compres'"),
         ([], "COMMAND"),
         (["evaluate", "demo", "--data", "demo:test", "--tokens", "1"], "at least 2"),

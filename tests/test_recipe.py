@@ -56,7 +56,14 @@ def test_changing_the_json_does_not_change_the_recipe() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON"), ("[1]", "one JSON object"), (b"\xff\xfe", "is not JSON"), ('{"steps": "5"}', "steps")],
+    [
+        ("{", "is not JSON"),
+        ("[1]", "one JSON object"),
+        (b"\xff\xfe", "is not JSON"),
+        ('{"steps": "5"}', "steps"),
+        ('{"steps": ' + "9" * 5000 + "}", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+    ],
 )
 def test_bad_files_are_refused(content: str | bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "my.json"

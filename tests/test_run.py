@@ -78,6 +78,30 @@ def test_overwriting_takes_only_what_losa_wrote(llama: Path, tmp_path: Path, bri
     assert inspect(tmp_path / "out")["recipe"]["seed"] == 1
 
 
+@pytest.mark.parametrize("content", ["{", '{"losa.json": 1}', "[3]", f"[{'9' * 5000}]", "[" * 100_000])
+def test_overwriting_takes_nothing_where_it_is_not_known_what_is_losas(
+    content: str, llama: Path, tmp_path: Path, brief: Recipe
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("run/recipe.json", "losa.json", "run/files.json"):
+        (tmp_path / name).write_text(content)
+    before = files(tmp_path)
+    with pytest.raises(LosaError, match=r"run/files\.json is damaged: name another output"):
+        losa.compress(str(llama), brief, tmp_path, overwrite=True)
+    with pytest.raises(LosaError, match=r"run/files\.json is damaged"):
+        runs._remove(tmp_path)  # damaged since it was looked at
+    assert files(tmp_path) == before
+
+
+def test_no_claim_is_of_the_whole_output(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "files.json").write_text('["", ".", "..", "run", "a/b", "card"]')
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "card").write_text("losa's")
+    runs._remove(tmp_path)
+    assert (tmp_path / "mine").exists() and not (tmp_path / "card").exists()
+
+
 def test_a_folder_of_others_is_refused_at_a_glance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be a home folder: what lies deeper in it is not looked at."""
     (tmp_path / "notes" / "deep").mkdir(parents=True)

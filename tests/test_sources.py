@@ -105,6 +105,8 @@ def test_blank_rows_count_for_evaluation_only(write: Callable[..., str]) -> None
         ("a.jsonl", '{"text": "a"}\n{"text": "cut of', "line 2: not JSON: Unterminated string"),
         ("a.jsonl", '{"text": "a"}\n' + "[" * 100_000, "line 2: its JSON is nested too deeply"),
         ("a.json", '{"text":' * 100_000, "its JSON is nested too deeply"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ' + "9" * 5000 + "}", "line 2: its JSON has a number of more digits than"),
+        ("a.json", "[" + "9" * 5000 + "]", "its JSON has a number of more digits than can be read"),
         ("a.txt", b"abc\xff", "not UTF-8 text .* at byte 3"),
         ("a.parquet", b"PAR1 cut off", "not a whole parquet file"),
     ],

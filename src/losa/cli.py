@@ -287,5 +287,5 @@ def _number_or_word(text: str) -> float | str:
 def _json_object(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not JSON: {error}") from None

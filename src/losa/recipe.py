@@ -346,7 +346,7 @@ def _settings_of(name_or_path: str) -> dict[str, Any]:
         raise registry.unknown("recipe", name_or_path, RECIPES)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise LosaError(f"recipe file {name_or_path!r} is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise LosaError(f"recipe file {name_or_path!r} holds no settings: expected one JSON object")

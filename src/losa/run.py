@@ -221,7 +221,7 @@ class Run:
     @property
     def claimed(self) -> list[str]:
         """The names in `output` that are losa's."""
-        return _claimed(self.folder) if (self.folder / CLAIMED).is_file() else []
+        return _claimed(self.folder)
 
     def claim(self, names: list[str]) -> None:
         """Say which names in `output` are losa's, before they are put there; --overwrite takes away these and no others."""
@@ -306,6 +306,7 @@ def check_output(output: Path, overwrite: bool = False) -> None:
             raise LosaError(f"output {str(output)!r} exists and is no run of losa: name another folder")
         if not overwrite:
             raise LosaError(f"output {str(output)!r} holds a run: --resume goes on with it, --overwrite replaces it")
+        _claimed(output / "run")  # what would be taken away can be read
     parent = _nearest(output)
     if not os.access(parent, os.W_OK):
         raise LosaError(f"output {str(output)!r} cannot be written: no permission in {str(parent)!r}")
@@ -401,8 +402,19 @@ def _hardly_begun(output: Path) -> bool:
 
 
 def _claimed(folder: Path) -> list[str]:
-    names = json.loads((folder / CLAIMED).read_text())
-    return [name for name in names if "/" not in name and name not in (".", "..", "run")]
+    """The names that files.json says are losa's. Raises LosaError for a damaged one."""
+    path = folder / CLAIMED
+    if not path.is_file():
+        return []
+    try:
+        names = json.loads(path.read_text())
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise LosaError(
+            f"{path} is damaged: name another output, or take that file away, and what it named stays as if it were yours"
+        ) from None
+    return [name for name in names if "/" not in name and name not in ("", ".", "..", "run")]
 
 
 def _remove(output: Path) -> None:
@@ -410,9 +422,9 @@ def _remove(output: Path) -> None:
 
     Killed in between, it is still a run, to be resumed or overwritten. Files that are not losa's stay.
     """
-    (output / "losa.json").unlink(missing_ok=True)
     folder = output / "run"
-    ours = [output / name for name in _claimed(folder)] if (folder / CLAIMED).is_file() else []
+    ours = [output / name for name in _claimed(folder)]
+    (output / "losa.json").unlink(missing_ok=True)
     ours += [output / REPORT] if is_report(output / REPORT) else []
     for path in [*ours, *(path for path in folder.iterdir() if path.name not in ("lock", "recipe.json"))]:
         if path.is_dir():

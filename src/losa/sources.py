@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Purpose = Literal["calibrate", "train", "evaluate"]
 NESTED = "its JSON is nested too deeply to be read"
+LONG = "its JSON has a number of more digits than can be read"  # no other JSON that is well formed is a ValueError
 PIECE = 1_000_000  # characters: the longest piece of a .txt file
 
 
@@ -175,6 +176,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     yield where, json.loads(line)
                 except json.JSONDecodeError as error:
                     raise LosaError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+                except ValueError:
+                    raise LosaError(f"{where}: {LONG}") from None
                 except RecursionError:
                     raise LosaError(f"{where}: {NESTED}") from None
 
@@ -191,6 +194,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             yield from _read_lines(path)
             return
         raise LosaError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except ValueError:
+        raise LosaError(f"{path}: {LONG}") from None
     except RecursionError:
         raise LosaError(f"{path}: {NESTED}") from None
     for number, record in enumerate(records if isinstance(records, list) else [records], 1):
