@@ -422,6 +422,25 @@ def test_the_demo_recovers_what_pruning_lost(tmp_path: Path, monkeypatch: pytest
     assert float(done.stdout) > 0.4
 
 
+def test_an_overwritten_demo_leaves_no_packed_model_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before the new one is made, and resumed, it would be taken for it."""
+    made = {"losa.json": "{}", "run/recipe.json": "{}"}
+    for place in [tmp_path / f"{name}{form}" for name in ("pruned", "losa") for form in ("", "-packed")]:
+        (place / "run").mkdir(parents=True)
+        for name, content in made.items():
+            (place / name).write_text(content)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("losa.demo.run.compress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path, {}, False, True, Progress(quiet=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "losa"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

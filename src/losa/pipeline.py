@@ -429,7 +429,7 @@ def save(subject: Subject, state: State, run: Run) -> None:
 
 
 def restore(subject: Subject, run: Run) -> State:
-    """The state that `save` left, put into the model; a fresh one if there is none."""
+    """The state that `save` left, put into the model; a fresh one if there is none. Raises LosaError if it is not whole."""
     saved = run.load("pruned")
     if saved is None:
         return State()

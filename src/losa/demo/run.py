@@ -34,13 +34,13 @@ def demo(output: Path, chosen: dict[str, Any], resume: bool, overwrite: bool, pr
         check("demo", way, output / name, overwrite, begun[name])
     if output.exists() and not any((output / name).exists() for name in ways):
         check_output(output)
-    made, packed = {}, {}
+    made, packed = {}, {name: output / f"{name}-packed" for name in ways}
+    for folder in packed.values():  # first, so that an interrupted demo has none of an earlier one
+        if overwrite and (folder / "losa.json").is_file():
+            shutil.rmtree(folder)
     for name, way in ways.items():
         progress.say("pruned only, in one step" if name == "pruned" else f"LoSA, {way.steps} steps")
         made[name] = compress("demo", way, output / name, resume=begun[name], overwrite=overwrite, progress=progress)
-        packed[name] = output / f"{name}-packed"
-        if overwrite and (packed[name] / "losa.json").is_file():
-            shutil.rmtree(packed[name])
         if not packed[name].exists():
             convert(output / name, packed[name], "packed", "auto", progress=progress)
 
