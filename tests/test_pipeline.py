@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 from conftest import MODELS, changed, files, killed_after, save_tiny, tiny, tokenizer
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_pruners import surgeon
 from torch import Tensor
 
@@ -281,6 +283,20 @@ def test_a_lora_kept_apart_counts_in_what_is_measured_later(
     weights.write_bytes(b"damaged")
     with pytest.raises(LosaError, match="cannot load the model"):
         losa.model.load_whole(str(out), recipe)
+
+
+@pytest.mark.parametrize("key", ["weight", "mask_bits", "lora_B"])
+def test_a_state_that_lacks_something_is_not_filled_in(key: str, llama: Path, tmp_path: Path, small: Recipe) -> None:
+    out, recipe = tmp_path / "out", changed(small, steps=1, train_samples=4)
+    with killed_after(2):  # the dense model's features, and the first masks
+        losa.compress(str(llama), recipe, out)
+    path = out / "run" / "pruned.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    del tensors[f"model.layers.1.mlp.up_proj:{key}"]
+    save_file(tensors, path, meta)
+    with pytest.raises(LosaError, match=rf"pruned\.safetensors is damaged \(no 'model.*up_proj:{key}'\)"):
+        losa.compress(str(llama), recipe, out, resume=True)
 
 
 def test_lora_kept_apart_cannot_take_steps(small: Recipe) -> None:

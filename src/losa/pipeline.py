@@ -435,8 +435,10 @@ def restore(subject: Subject, run: Run) -> State:
         return State()
     for block in subject.blocks:
         for name, linear in block.masked.items():
-            keys = linear.state_dict()
-            linear.load_state_dict({key: saved.tensors.get(f"{name}:{key}", keys[key]) for key in keys})
+            try:
+                linear.load_state_dict({key: saved.tensors[f"{name}:{key}"] for key in linear.state_dict()})
+            except KeyError as error:
+                raise LosaError(f"{run.path('pruned')} is damaged (no {error}): start a new run") from None
     return State(saved.meta["done"], saved.meta["history"])
 
 
