@@ -85,7 +85,7 @@ def test_plain_lines_where_there_is_no_terminal(
 ) -> None:
     assert main(["compress", str(llama), "--output", str(tmp_path / "out"), *flags(settings)]) == 0
     out, err = capsys.readouterr()
-    assert [line[:9] for line in err.splitlines()] == ["step 1/2:", "step 2/2:"]
+    assert [line[:9] for line in err.splitlines()] == ["eval_data", "step 1/2:", "step 2/2:"]
     assert "perplexity" in out and "\x1b" not in out + err
 
 

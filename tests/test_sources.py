@@ -10,9 +10,10 @@ import pytest
 from texts import INSTRUCTION, PROMPT, PROMPT_WITHOUT_INPUT, TURNS, WITHOUT_INPUT, make_tokenizer, text_of
 from transformers import PreTrainedTokenizerFast
 
-from losa import data, sources
+from losa import data, inputs, sources
 from losa.data import IGNORED
 from losa.errors import LosaError
+from losa.recipe import Recipe
 from losa.sources import Row
 
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -229,6 +230,36 @@ def test_held_out_text_is_only_evaluated_on(tokenizer: PreTrainedTokenizerFast) 
         data.training_examples("demo:test", tokenizer, 1, 8, 0)
     with pytest.raises(LosaError, match="'alpaca-gpt4' has no part to evaluate on"):
         data.evaluation_tokens("alpaca-gpt4", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("measured", "learnt", "same"),
+    [
+        ("demo", "demo", True),
+        ("demo:test", "demo", False),
+        ("c4", "c4", False),  # its validation text
+        ("a/b", "a/b", False),  # its test split
+        ("a/b:train", "a/b", True),
+        ("a/b:half", "a/b:half", True),
+        ("a/b:half", "a/c:half", False),
+        ("rows.jsonl", "./rows.jsonl", True),
+        ("rows.jsonl", "other.jsonl", False),
+        ("rows.jsonl", "demo", False),
+    ],
+)
+def test_text_that_is_learnt_from_is_not_unseen(
+    measured: str, learnt: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "other.jsonl"):
+        Path(name).write_text('{"text": "a"}')
+    recipe = Recipe(calibration=learnt, train_data="wikitext2", eval_data=measured)
+    told = "eval_data is the text of calibration: its perplexity is not that of unseen text" if same else ""
+    assert inputs.not_held_out(recipe) == told
+    assert inputs.not_held_out(recipe.at(eval_data="")) == ""
+    recipe = Recipe(calibration=learnt, train_data=learnt, eval_data=measured)
+    assert inputs.not_held_out(recipe) == told.replace("calibration", "calibration and train_data")
+    assert inputs.not_held_out(recipe.at(recovery="none")) == told  # which reads no train_data
 
 
 WIKITEXT = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}

@@ -108,6 +108,14 @@ def _check_apart(recipe: Recipe, output: Path) -> None:
             raise LosaError(f"{name} {str(place)!r} is in the output, which is replaced: name another folder")
 
 
+def not_held_out(recipe: Recipe) -> str:
+    """What to say where perplexity is measured on what is learnt from; empty where it is not, as far as names tell."""
+    read = [name for name, is_read in (("calibration", recipe.prunes), ("train_data", recipe.trains)) if is_read]
+    same = [name for name in read if recipe.eval_data and sources.same_text(recipe.eval_data, getattr(recipe, name))]
+    what = f"eval_data is the text of {' and '.join(same)}"
+    return f"{what}: its perplexity is not that of unseen text" if same else ""
+
+
 def _check_range(source: Any, recipe: Recipe) -> None:
     """Raise LosaError where gradients would be computed in float16: those of the logits, and what follows, become zero."""
     half = recipe.dtype == "float16" or (isinstance(source, nn.Module) and source.dtype == torch.float16)

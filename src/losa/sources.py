@@ -141,6 +141,18 @@ def place_of(source: str) -> Literal["demo", "named", "file", "hub"]:
     raise registry.unknown("data source", source, [*SOURCES, "FILE" + "|".join(SUFFIXES), "OWNER/NAME[:SPLIT]"])
 
 
+def same_text(measured: str, learnt: str) -> bool:
+    """Whether evaluation on one source reads what is learnt from the other, as far as their names tell."""
+    place = place_of(measured)
+    if place != place_of(learnt):
+        return False
+    if place == "file":
+        return os.path.samefile(os.path.expanduser(measured), os.path.expanduser(learnt))
+    if place == "hub":
+        return _part(measured, "evaluate") == _part(learnt, "train")
+    return place == "demo" and measured == learnt  # named ones are measured on a part of their own
+
+
 def read_records(path: Path, purpose: Purpose) -> Iterator[tuple[str, Any]]:
     """The records of a local file, each with the words for where it stands. Raises LosaError if it cannot be read."""
     try:
@@ -222,9 +234,7 @@ def _read_hub(source: str, purpose: Purpose) -> Iterator[tuple[str, Any]]:
         arguments = known.measure if purpose == "evaluate" and known.measure else known.learn
         rows = known.measured_rows if purpose == "evaluate" else None
     else:
-        name, _, split = source.partition(":")
-        # never the training split where one is to be measured: a missing test split is the user's to settle
-        split = split or ("test" if purpose == "evaluate" else "train")
+        name, split = _part(source, purpose)
         arguments = {"path": name, "split": split, "streaming": True}
     try:
         import datasets  # type: ignore[import-untyped]
@@ -237,6 +247,13 @@ def _read_hub(source: str, purpose: Purpose) -> Iterator[tuple[str, Any]]:
         reason = f"{type(error).__name__}: {_first_line(error)}"
         message = f"cannot read {arguments['path']!r} from the Hugging Face hub ({reason})"
         raise LosaError(f"{message}: check the name and the network, or name a local file") from error
+
+
+def _part(source: str, purpose: Purpose) -> tuple[str, str]:
+    """Name and split of a dataset on the hub."""
+    name, _, split = source.partition(":")
+    # never the training split where one is to be measured: a missing test split is the user's to settle
+    return name, split or ("test" if purpose == "evaluate" else "train")
 
 
 def _articles(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from losa import data, disk, distributed, inspection, memory, model, registry, usage
 from losa.blocks import Subject, subject_of
 from losa.errors import LosaError
-from losa.inputs import Inputs, check, fingerprint, read
+from losa.inputs import Inputs, check, fingerprint, not_held_out, read
 from losa.progress import Progress
 from losa.recipe import Recipe
 from losa.recovery.distillation import check_vocabulary
@@ -98,6 +98,7 @@ def _start(
                 return finished(run, recipe, tokenizer)
         way = memory.choose(source, recipe, config, output is not None, run.from_disk)
         run.say_if(way.shortage)
+        run.say_if(not_held_out(recipe))
         with run.phase("reading"):
             inputs = read(recipe, tokenizer, config)
             settled = with_rows(recipe, len(inputs.examples))
