@@ -11,6 +11,7 @@ and gradients, on the very tensors that are timed, agree with its formula in fp3
 
     PYTHONPATH=src python benchmarks/masked_linear.py --shape 5632x2048 --dtype fp32 --rounds 7
     PYTHONPATH=src python benchmarks/masked_linear.py --memory
+    PYTHONPATH=src python benchmarks/masked_linear.py --memory --llama 2048x2x5632 --tokens 4096
     PYTHONPATH=src python benchmarks/masked_linear.py --device cuda --shape 4096x4096 11008x4096 4096x11008 --dtype bf16 --rounds 20
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +45,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 RANK, SCALING, SPARSITY = 8, 2.0, 0.5
 LAYERS, WIDTH, MEMORY_TOKENS = 16, 2048, 256
+VOCABULARY, ROW = 32000, 512  # of the whole model, and its sequences
 
 
 class Naive(nn.Module):
@@ -202,33 +205,57 @@ def compare(out: int, columns: int, tokens: int, dtype: str, rounds: int, device
     return found
 
 
-def peak_memory(name: str, dtype: str, device: str) -> dict[str, int]:
-    """MiB that a step of a stack of layers adds at its peak: in tensors (exact), and in the process (Linux, glibc; CPU only).
+MADE: dict[str, Callable[[MaskedLinear], nn.Module]] = {
+    "losa": lambda layer: layer,
+    "naive": lambda layer: Naive(layer, True),
+    "dense": lambda layer: Naive(layer, False),
+    "peft": lora,
+    "fused": Fused,
+}
+
+
+def stack(name: str, args: argparse.Namespace) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """LAYERS square layers with an activation behind each; and what runs them."""
+    dtype, layers = DTYPES[args.dtype[0]], list[nn.Module]()
+    for _ in range(LAYERS):
+        layers += [MADE[name](masked(WIDTH, WIDTH, dtype, args.device)), nn.SiLU()]
+    model = nn.Sequential(*layers)
+    x = torch.randn(MEMORY_TOKENS, WIDTH).to(args.device, dtype).requires_grad_()
+    return model, lambda: model(x)
+
+
+def llama(name: str, args: argparse.Namespace) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A whole model, the linears of its blocks such layers; and what runs it on rows of ROW tokens."""
+    hidden, blocks, mlp = (int(n) for n in args.llama.split("x"))
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=blocks, intermediate_size=mlp,
+        num_attention_heads=hidden // 64, max_position_embeddings=ROW, use_cache=False,
+    )  # fmt: skip
+    dtype = DTYPES[args.dtype[0]]
+    model: Any = transformers.LlamaForCausalLM(config).to(device=args.device, dtype=dtype)  # type: ignore[call-arg]
+    model.requires_grad_(False)
+    for key, linear in [(k, m) for k, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)]:
+        layer = masked(linear.out_features, linear.in_features, dtype, args.device)
+        model.model.layers.set_submodule(key, MADE[name](layer))
+    tokens = torch.randint(VOCABULARY, (args.tokens // ROW, ROW), device=args.device)
+    return model, lambda: model(input_ids=tokens).logits
+
+
+def peak_memory(name: str, args: argparse.Namespace) -> dict[str, int]:
+    """MiB that a step of a stack of layers, or of a whole model, adds at its peak: in tensors (exact), and in the process
+    (Linux, glibc; CPU only).
 
     The second is larger: glibc keeps freed temporaries, and holes between them that what comes next does not fit.
     """
-    made: dict[str, Callable[[MaskedLinear], nn.Module]] = {
-        "losa": lambda layer: layer,
-        "naive": lambda layer: Naive(layer, True),
-        "dense": lambda layer: Naive(layer, False),
-        "peft": lora,
-        "fused": Fused,
-    }
-    stack: list[nn.Module] = []
-    for _ in range(LAYERS):
-        stack += [made[name](masked(WIDTH, WIDTH, DTYPES[dtype], device)), nn.SiLU()]
-    model = nn.Sequential(*stack)
-    x = torch.randn(MEMORY_TOKENS, WIDTH).to(device, DTYPES[dtype]).requires_grad_()
+    model, run = (llama if args.llama else stack)(name, args)
 
     def whole_step() -> None:
         model.zero_grad(set_to_none=True)
-        x.grad = None
-        model(x).float().square().mean().backward()
+        run().float().square().mean().backward()
 
     whole_step()
-    if device == "cuda":
+    if args.device == "cuda":
         model.zero_grad(set_to_none=True)
-        x.grad = None
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         whole_step()
@@ -239,7 +266,6 @@ def peak_memory(name: str, dtype: str, device: str) -> dict[str, int]:
     whole_step()
     resident = high_water() - peak
     model.zero_grad(set_to_none=True)
-    x.grad = None
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             whole_step()
@@ -265,6 +291,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="peak memory of a step of a stack of layers, not time")
+    parser.add_argument("--llama", default="", help="HIDDENxBLOCKSxMLP: of a whole model, on --tokens (with --memory)")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # the subprocess of --memory
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
@@ -273,19 +300,21 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no GPU (torch sees no CUDA device): nothing is timed")
     if args.only:
-        print(json.dumps(peak_memory(args.only, args.dtype[0], args.device)))
+        print(json.dumps(peak_memory(args.only, args)))
         return
     if args.rounds < 2:
         parser.error("--rounds must be 2 or more: quartiles are reported")
     for dtype in args.dtype:
         if args.memory:
             command = [sys.executable, __file__, "--threads", str(args.threads), "--device", args.device]
-            command += ["--dtype", dtype, "--only"]
+            command += ["--dtype", dtype, "--llama", args.llama, "--tokens", str(args.tokens), "--only"]
             peaks = {}
             for name in ("losa", "naive", "dense", "peft", *(["fused"] if args.device == "cuda" else [])):
                 done = subprocess.run([*command, name], check=True, capture_output=True, text=True)
                 peaks[name] = json.loads(done.stdout.splitlines()[-1])
             shape = {"layers": LAYERS, "width": WIDTH, "tokens": MEMORY_TOKENS, "dtype": dtype}
+            if args.llama:
+                shape = {"llama": args.llama, "tokens": args.tokens, "dtype": dtype}
             print(json.dumps({"benchmark": "masked_linear_memory", **shape, "peak_mib": peaks}), flush=True)
             continue
         for shape_text in args.shape:
