@@ -55,7 +55,7 @@ def test_uniform_n_follows_the_schedule(m: int, share: float, steps: int, units:
     pattern = patterns.parse(f"{n}:{m}")
     kept = []
     for target in schedule(n, m, steps):
-        rates = pattern.settle([target] * units, [3] * units, target, [0.0] * units)
+        rates = pattern.nearest([target] * units, [3] * units, target, [0.0] * units)
         amount = pattern.amount(rates[0])
         assert isinstance(amount, patterns.NM) and len(set(rates)) == 1
         assert amount.n >= m * (1 - target) - 1e-9 > amount.n - 1  # the smallest N that is not below the schedule
@@ -77,7 +77,7 @@ def test_mixed_n_keep_mean_bounds_and_nesting(m: int, share: float, steps: int, 
     floors = [0.0] * len(wishes)
     for target in schedule(n, m, steps):
         wanted = [max(floor, min(0.999, target + w / m)) for w, floor in zip(wishes, floors, strict=True)]
-        rates = pattern.settle(wanted, counts, target, floors)
+        rates = pattern.nearest(wanted, counts, target, floors)
         kept = [round(m * (1 - rate)) for rate in rates]
         assert rates == [1 - k / m for k in kept]
         mean = m * (1 - target)
@@ -90,9 +90,9 @@ def test_mixed_n_keep_mean_bounds_and_nesting(m: int, share: float, steps: int, 
 
 def test_mixed_n_follow_the_order_of_the_rates() -> None:
     pattern = patterns.parse("mixed-2:8")
-    assert pattern.settle([0.625, 0.875, 0.75, 0.75], [1] * 4, 0.75, [0.0] * 4) == [0.625, 0.875, 0.75, 0.75]
+    assert pattern.nearest([0.625, 0.875, 0.75, 0.75], [1] * 4, 0.75, [0.0] * 4) == [0.625, 0.875, 0.75, 0.75]
     # the largest remainder is kept first
-    assert pattern.settle([0.70, 0.80, 0.74, 0.76], [1] * 4, 0.75, [0.0] * 4) == [0.75, 0.75, 0.75, 0.75]
+    assert pattern.nearest([0.70, 0.80, 0.74, 0.76], [1] * 4, 0.75, [0.0] * 4) == [0.75, 0.75, 0.75, 0.75]
 
 
 def of_groups(mask: torch.Tensor, m: int) -> set[int]:

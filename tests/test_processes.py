@@ -291,7 +291,7 @@ def test_shares_follow_each_other_and_are_alike(count: int, processes: int) -> N
         patch.setattr(distributed, "world", lambda: processes)
         for rank in range(processes):
             patch.setattr(distributed, "rank", lambda rank=rank: rank)
-            parts.append(distributed.share(count))
+            parts.append(distributed.own_range(count))
     assert [i for part in parts for i in part] == list(range(count))
     sizes = [len(part) for part in parts]
     assert max(sizes) == sizes[0] <= min(sizes) + 1

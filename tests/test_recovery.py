@@ -162,7 +162,7 @@ def test_opening_and_closing_moves_nothing(rank: int) -> None:
     kept = layer.open()
     assert torch.equal(layer.weight, before) and kept.numel() == int(layer.mask.sum())
     kept.data += 1
-    layer.settle()
+    layer.write_back()
     layer.close()
     assert layer.rank == rank and layer.kept is None
     torch.testing.assert_close(layer.effective_weight(), before + layer.mask)
@@ -177,7 +177,7 @@ def test_updates_too_small_for_bf16_add_up() -> None:
     kept = layer.open()
     for _ in range(64):
         kept.data *= 1 + 2**-11  # an eighth of what bf16 can tell apart
-        layer.settle()
+        layer.write_back()
     layer.close()
     assert layer.weight.dtype == torch.bfloat16
     moved = (layer.weight.float() / before.float())[layer.mask]

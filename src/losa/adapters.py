@@ -141,7 +141,7 @@ class MaskedLinear(nn.Module):
     state dict. An optimizer's state of the rows above `rank` is the trainer's to zero.
 
     Between `open` and `close` the kept weights are trained instead: `kept`, a flat fp32 parameter (with its gradient
-    and AdamW's moments 16 bytes a kept weight), of which `weight` is the rounded image after each `settle`.
+    and AdamW's moments 16 bytes a kept weight), of which `weight` is the rounded image after each `write_back`.
     """
 
     merges: ClassVar[bool] = True
@@ -235,11 +235,11 @@ class MaskedLinear(nn.Module):
             raise LosaError("the kept weights cannot be trained beside a pair that does not merge")
         self.kept = nn.Parameter(self.effective_weight(torch.float32)[self.mask])
         self.rank, self._folded = 0, self.rank
-        self.settle()
+        self.write_back()
         return self.kept
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def write_back(self) -> None:
         """Put `kept`, which an update has moved, into the weight."""
         assert self.kept is not None, "only an open linear has kept weights of its own"
         self.weight.masked_scatter_(self.mask, self.kept.to(self.weight.dtype))
@@ -254,7 +254,7 @@ class MaskedLinear(nn.Module):
             pair = effective_weight(zero, self.mask_bits, *self.pair(), self.scaling, torch.float32)
             self.weight.masked_scatter_(mask, (self.kept - pair[mask]).to(self.weight.dtype))
         else:
-            self.settle()
+            self.write_back()
         self.kept = None
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ class Stream:
     ) -> None:
         self.device, self._spill = device, spill
         self.samples, self.length = tokens.shape
-        self.tokens = tokens[slice_of(distributed.share(self.samples))]
+        self.tokens = tokens[slice_of(distributed.own_range(self.samples))]
         self.batches = self.tokens.split(sequences or max(1, BATCH_TOKENS // self.length))
         self.hiddens: list[Tensor] = []
         self.unpacked = False  # whether the model takes the first of what a block returns; known once one has run
@@ -228,7 +228,7 @@ class Stream:
         if positions is None:
             return torch.cat([hidden.flatten(0, 1) for hidden in batches])
         positions = positions[own_rows(positions, self.samples, self.length)]
-        positions = positions - distributed.share(self.samples).start * self.length
+        positions = positions - distributed.own_range(self.samples).start * self.length
         per_batch = len(self.hiddens[0]) * self.length
         return torch.cat(
             [
@@ -244,7 +244,7 @@ class Stream:
         """
         total = torch.zeros(samples, samples, dtype=torch.float64)
         step, processes = max(1, BATCH_TOKENS // samples), distributed.world()
-        own = len([i for i in distributed.share(self.samples) if i < samples])
+        own = len([i for i in distributed.own_range(self.samples) if i < samples])
         for start in range(0, self.length, step * processes):
             pieces = []
             for at in range(start, start + step * processes, step):
@@ -259,7 +259,7 @@ class Stream:
 
 def own_rows(positions: Tensor | None, samples: int, length: int) -> slice:
     """Which of `positions` (rising, among all tokens of `samples` sequences; None: all) are in this process's sequences."""
-    own = distributed.share(samples)
+    own = distributed.own_range(samples)
     bounds = torch.tensor([own.start, own.stop]) * length
     if positions is not None:
         bounds = torch.searchsorted(positions, bounds)

@@ -98,7 +98,7 @@ def _join(device: "torch.device") -> None:
 # ------------------------------------------------------------------------------------------------------- who does what
 
 
-def share(count: int) -> range:
+def own_range(count: int) -> range:
     """This process's part of `count` things: parts follow each other and differ by one at most; none is larger than rank 0's."""
     if world() == 1:
         return range(count)

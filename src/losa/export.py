@@ -14,7 +14,7 @@ from losa.checkpoint import MASKS, Checkpoint, weight_bytes
 from losa.errors import LosaError
 from losa.model import ADAPTER, folder_of, load_config
 from losa.recipe import Recipe
-from losa.run import CARD, FORMAT, Run, share, sync, versions, write_json, writing
+from losa.run import CARD, FORMAT, Run, make_readable, sync, versions, write_json, writing
 from losa.sparse.linear import layouts_in
 
 
@@ -86,7 +86,7 @@ def publish(
         run.claim([path.name for path in staging.iterdir()])
         for path in sorted(staging.iterdir(), key=lambda p: p.name == "losa.json"):
             for file in path.iterdir() if path.is_dir() else [path]:
-                share(file)
+                make_readable(file)
                 sync(file)
             if path.is_dir():
                 shutil.rmtree(run.output / path.name, ignore_errors=True)

@@ -60,7 +60,7 @@ class Pattern:
         """Whether units may differ."""
         return self.kind != "nm"
 
-    def settle(self, rates: list[float], counts: list[int], target: float, floors: list[float]) -> list[float]:
+    def nearest(self, rates: list[float], counts: list[int], target: float, floors: list[float]) -> list[float]:
         """The rates that the pattern can have, nearest to those an allocator asks for (decision 4 of the equations).
 
         N:M: N = ceil(M (1 - target)) for all. Mixed: integers within one of M (1 - target) whose mean is that, by

@@ -37,7 +37,7 @@ from losa.recipe import Recipe, recipe_of
 from losa.recovery.base import Recovery
 from losa.recovery.distillation import Teacher, teacher_of
 from losa.recovery.low_rank import MaskedLowRank
-from losa.recovery.rate import settled
+from losa.recovery.rate import with_rate
 from losa.recovery.reconstruction import reconstruct, sequences, target_of
 from losa.run import Run
 from losa.shrink import OURS, PLAIN, shrink
@@ -231,7 +231,7 @@ def recover_step(
         return
     if recipe.learning_rate == "auto":
         with run.phase("learning rate", step):
-            recipe = settled(subject, recovery, examples, recipe, step, history, run)
+            recipe = with_rate(subject, recovery, examples, recipe, step, history, run)
     with run.phase("recovery" if step else "fine-tuning", step):
         recovery.recover(subject, examples, recipe, step, run)
 
@@ -290,7 +290,7 @@ def allocate(
         known = Evidence(target, counts, floors, seen or None, pattern.spread)
         rates = allocator.rates(known)
         run.log("rates", step=step, **allocator.explain(known))
-    return dict(zip([unit.name for unit in units], pattern.settle(rates, counts, target, floors), strict=True))
+    return dict(zip([unit.name for unit in units], pattern.nearest(rates, counts, target, floors), strict=True))
 
 
 def prune(

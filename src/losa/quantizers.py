@@ -63,7 +63,7 @@ class Packer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from losa.sparse import decoding, linear
 
-        linear.settle(model, self.__dict__.pop("expected"))
+        linear.fix_types(model, self.__dict__.pop("expected"))
         linear.finish(model, self.layouts)
         decoding.attach(model)
         return model

@@ -481,7 +481,7 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def share(path: Path) -> None:
+def make_readable(path: Path) -> None:
     """Give a file the rights of any other: safetensors makes files that only their owner reads."""
     umask = os.umask(0)
     os.umask(umask)

@@ -12,7 +12,7 @@ from losa.checkpoint import INDEX, SINGLE
 from losa.errors import LosaError
 from losa.export import publish
 from losa.recipe import Recipe
-from losa.run import Run, Saved, share, sync, write_json, writing
+from losa.run import Run, Saved, make_readable, sync, write_json, writing
 
 
 class Shards:
@@ -71,7 +71,7 @@ class Shards:
             try:
                 self.subject.model.save_pretrained(scratch, state_dict=weights, max_shard_size=1 << 60)
                 file = scratch / SINGLE
-                share(file)
+                make_readable(file)
                 sync(file)
                 file.replace(self.paths()[index])
                 sync(self.paths()[index].parent)

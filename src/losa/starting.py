@@ -101,10 +101,10 @@ def _start(
         run.say_if(not_held_out(recipe))
         with run.phase("reading"):
             inputs = read(recipe, tokenizer, config)
-            settled = with_rows(recipe, len(inputs.examples))
+            counted = with_rows(recipe, len(inputs.examples))
         if isinstance(source, str) and run.writes and not resume:
             assert output is not None
-            run.say_if(short_of_room(output, inspection.plan(source, settled, config, way)["disk"]))
+            run.say_if(short_of_room(output, inspection.plan(source, counted, config, way)["disk"]))
         with run.phase("loading"):
             if way.from_disk:
                 subject = disk.OnDisk(disk.local(source), dtype).subject(tokenizer, name, recipe, config.dtype)
@@ -114,7 +114,7 @@ def _start(
         subject.spill = run.folder if way.spill else None
         if distributed.world() > 1:
             distributed.check_alike(fingerprint(subject, inputs))
-        go = begin(subject, settled, inputs)
+        go = begin(subject, counted, inputs)
         if not resume:  # only now: what fails before leaves no trace, and nothing replaced
             run.start(recipe, name, overwrite, way.from_disk, computed)
         run.log("machine", **usage.machine(device_of(recipe)), dtype=dtype_name(subject.model.dtype))

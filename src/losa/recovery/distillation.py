@@ -178,7 +178,7 @@ def cached(live: Live, examples: list[data.Example], pad_id: int, recipe: Recipe
     device = next(live.model.parameters()).device
     for number in run.track(missing, "the teacher's predictions", "part", done=len(shards) - len(missing)):
         rows = range(number * SHARD, min((number + 1) * SHARD, len(examples)))
-        own = distributed.share(len(rows))
+        own = distributed.own_range(len(rows))
         top = min(recipe.teacher_top, live.vocabulary)
         made = {
             "ids": [torch.empty(0, top).int()],

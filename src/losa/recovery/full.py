@@ -24,7 +24,7 @@ class Settling(Between):
     def updated(self, update: int) -> None:
         """After each update."""
         for linear in self.linears:
-            linear.settle()
+            linear.write_back()
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """As a checkpoint has them."""

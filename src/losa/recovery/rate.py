@@ -35,7 +35,7 @@ class Trial(Run):
         pass
 
 
-def settled(
+def with_rate(
     subject: Subject,
     recovery: Recovery,
     examples: list[data.Example],

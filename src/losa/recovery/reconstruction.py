@@ -91,7 +91,7 @@ def reconstruct(block: Block, stream: Stream, target: Target, recipe: Recipe, st
                 optimizer.step()
                 optimizer.zero_grad()
                 for linear in block.masked.values():
-                    linear.settle()
+                    linear.write_back()
         for linear in block.masked.values():
             linear.close()
     epoch_mean = [sum(part) / len(batches) for part in (losses[: len(batches)], losses[-len(batches) :])]

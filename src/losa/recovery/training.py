@@ -109,7 +109,7 @@ def accumulate(subject: Subject, whole: nn.Module, batch: list[data.Example], ro
     size = recipe.micro_batch_size
     device = next(whole.parameters()).device
     labels = sum(int((example.labels[1:] != data.IGNORED).sum()) for example in batch)
-    own = distributed.share(len(batch))
+    own = distributed.own_range(len(batch))
     most = -(-len(batch) // distributed.world())
     total = 0.0
     for start in range(0, most, size):

@@ -21,7 +21,7 @@ from losa.disk import of_shapes
 from losa.errors import LosaError
 from losa.export import load_masks
 from losa.progress import Progress
-from losa.run import CARD, FORMAT, damaged, read_made, share, sync, write_bytes, write_json, writing
+from losa.run import CARD, FORMAT, damaged, make_readable, read_made, sync, write_bytes, write_json, writing
 from losa.shrink import OURS, PLAIN
 from losa.sparse.linear import check_files, describe, install, layouts_in
 from losa.sparse.packed import FLOATS, SUFFIXES, Layout, Packed, pack, unpack
@@ -196,7 +196,7 @@ class _Writer:
         from safetensors.torch import save_file
 
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.folder / name, metadata)
-        share(self.folder / name)
+        make_readable(self.folder / name)
         sync(self.folder / name)
 
     def close(self) -> None:

@@ -206,7 +206,7 @@ def part_of(name: str, patterns: Iterable[str]) -> bool:
     return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns)
 
 
-def settle(whole: Any, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+def fix_types(whole: Any, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
     """Give every dense parameter the type it should have. Raises LosaError for one of another shape.
 
     transformers does so itself from 5.23 on; before, it leaves what it renames as stored, and looks at no shape, in models
