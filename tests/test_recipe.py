@@ -304,6 +304,13 @@ def test_best_says_nothing_of_data(name: str, ranks: bool) -> None:
         ({"teacher": "cached"}, "teacher"),
         ({"distill": 0.5, "teacher_top": 8}, "teacher_top"),
         ({"reconstruct_rate": 0.1}, "reconstruct_rate"),
+        ({"recovery": "none", "learning_rate": 1e-3}, "learning_rate"),
+        ({"recovery": "none", "train_data": "rows.jsonl"}, "train_data"),
+        ({"recovery": "none", "warmup": 0.2}, "warmup"),
+        ({"steps": 1, "schedule": "linear"}, "schedule"),
+        ({"recovery": "sparse-lora", "rank_growth": 2.0}, "rank_growth"),
+        ({"eval_tokens": 100}, "eval_tokens"),
+        ({"allocator": "uniform", "allocation_samples": 8}, "allocation_samples"),
     ],
 )
 def test_a_flag_that_changes_nothing_is_refused(asked: dict[str, Any], name: str) -> None:
@@ -320,6 +327,7 @@ def test_what_is_read_is_not_refused() -> None:
     for names, asked in (
         (None, {"distill": 0.5, "teacher": "cached", "teacher_top": 8}),
         (None, {"mean_rank": 8.0, "alpha": 8.0}),
-        ("finetune-then-sparsify", {"mean_rank": 4.0, "targets": "qv"}),
+        ("finetune-then-sparsify", {"mean_rank": 4.0, "targets": "qv", "learning_rate": 1e-3}),
+        (None, {"recovery": "none", "reconstruct": 2, "warmup": 0.2, "reconstruct_rate": 0.1}),
     ):
         refuse_unread(load(names, asked), asked)

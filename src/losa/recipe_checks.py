@@ -192,19 +192,28 @@ def _ranks(made: "Recipe") -> bool:
     return bool(registry.get("recovery", made.recovery).ranks)
 
 
-# settings that count only beside others: when, and what is to be done where they do not
-READ_WHEN: dict[str, tuple[Callable[["Recipe"], bool], str]] = {
-    "distill": (lambda made: bool(registry.get("recovery", made.recovery).trains), "set recovery to one that trains"),
-    "targets": (lambda made: made.trains, "set recovery to one that trains"),
-    "mean_rank": (lambda made: _ranks(made) or made.finetune_first > 0, "set recovery to one of low-rank pairs"),
-    "alpha": (lambda made: _ranks(made) or made.finetune_first > 0, "set recovery to one of low-rank pairs"),
-    "base_rank": (lambda made: _ranks(made) or made.finetune_first > 0, "set recovery to one of low-rank pairs"),
-    "rank_by": (_ranks, "set recovery to one of low-rank pairs"),
-    "teacher": (lambda made: made.distill > 0, "set distill above 0"),
-    "distill_temperature": (lambda made: made.distill > 0, "set distill above 0"),
-    "teacher_top": (lambda made: made.distill > 0 and made.teacher == "cached", "distil from a cached teacher"),
-    "reconstruct_rate": (lambda made: made.reconstruct > 0, "set reconstruct above 0"),
-}
+# fmt: off
+TRAINING = (
+    "train_data", "train_samples", "train_length", "loss_on", "epochs", "learning_rate", "batch_size", "micro_batch_size",
+    "optimizer", "checkpointing", "checkpoint_minutes", "weight_decay", "clip", "targets",
+)
+# settings that count only beside others: which, when, and what is to be done where they do not
+READ_WHEN: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (TRAINING, lambda made: made.trains, "set recovery to one that trains"),
+    (("warmup",), lambda made: made.trains or made.reconstruct > 0, "set recovery to one that trains"),
+    (("distill",), lambda made: registry.get("recovery", made.recovery).trains, "set recovery to one that trains"),
+    (("mean_rank", "alpha", "base_rank"), lambda made: _ranks(made) or made.finetune_first > 0,
+     "set recovery to one of low-rank pairs"),
+    (("rank_by",), lambda made: _ranks(made), "set recovery to one of low-rank pairs"),
+    (("schedule", "rank_growth", "last_step_share"), lambda made: made.steps > 1, "set steps above 1"),
+    (("teacher", "distill_temperature"), lambda made: made.distill > 0, "set distill above 0"),
+    (("teacher_top",), lambda made: made.distill > 0 and made.teacher == "cached", "distil from a cached teacher"),
+    (("reconstruct_rate",), lambda made: made.reconstruct > 0, "set reconstruct above 0"),
+    (("eval_tokens", "eval_window", "eval_step_tokens"), lambda made: made.eval_data != "", "name eval_data"),
+    (("allocation_samples",), lambda made: registry.get("allocator", made.allocator).needs != "",
+     "set allocator to one that looks at the model"),
+)
+# fmt: on
 
 
 def refuse_unread(made: "Recipe", given: dict[str, Any]) -> None:
@@ -213,10 +222,10 @@ def refuse_unread(made: "Recipe", given: dict[str, Any]) -> None:
     Not part of `validate`: recipes that are combined, and the cells of a table, may share settings that some do not read.
     """
     usual = {f.name: f.default for f in dataclasses.fields(made)}
-    for name, value in given.items():
-        is_read, instead = READ_WHEN.get(name, (lambda _: True, ""))
-        if value != usual[name] and not is_read(made):
-            raise LosaError(f"{name} {value!r} would change nothing: leave it out, or {instead}")
+    for names, is_read, instead in READ_WHEN:
+        for name in names:
+            if name in given and given[name] != usual[name] and not is_read(made):
+                raise LosaError(f"{name} {given[name]!r} would change nothing: leave it out, or {instead}")
 
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
