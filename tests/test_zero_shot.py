@@ -77,6 +77,15 @@ def test_what_a_cell_makes_is_asked(
     assert len(grids[1].entries) == (row != "dense")
 
 
+def test_one_question_has_no_error(llama: Path, out: Path, tiny: Settings, piqa: Path) -> None:
+    """The harness says N/A then; with more questions it is shown again."""
+    made, kept = asked(llama, tiny, piqa, "zero-shot", limit=1), Cells(out)
+    dense = at(made, "dense", "50%")
+    assert kept.run(dense, cells.Progress(quiet=True))
+    (grid,) = show.collect(tables.chosen(["zero-shot"]), made, {dense.key: kept.read(dense) or {}})
+    assert grid.caption.endswith("Questions: piqa 1.") and grid.rows[0][1] in ("0.000", "1.000")
+
+
 def test_dense_has_no_seed_and_no_recipe(llama: Path, tiny: Settings) -> None:
     made = gather(str(llama), tables.chosen(["zero-shot"]), None, tiny, 3)
     other = gather(str(llama), tables.chosen(["zero-shot"]), None, tiny | {"pattern": "2:4", "seed": 7}, 1)

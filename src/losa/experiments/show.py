@@ -209,8 +209,10 @@ def _asked(scores: list[dict[str, Any]]) -> str:
     if not scores:
         return ""
     counts = ", ".join(f"{name} {of['rows']:,}" for name, of in scores[0].items())
-    errors = [math.hypot(*(of["acc_stderr"] for of in each.values())) / len(each) for each in scores]
-    said = f" Questions: {counts}; standard error {max(errors):.3f} at most"
+    # of a single question the harness knows no error, nor is there one of the mean then
+    known = [each for each in scores if all("acc_stderr" in of for of in each.values())]
+    errors = [math.hypot(*(of["acc_stderr"] for of in each.values())) / len(each) for each in known]
+    said = f" Questions: {counts}" + (f"; standard error {max(errors):.3f} at most" if errors else "")
     cut = max(sum(of["cut"] for of in each.values()) for each in scores)
     return said + (f"; {cut} cut at the front." if cut else ".")
 
