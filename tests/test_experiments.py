@@ -184,6 +184,37 @@ def test_another_default_is_another_result(llama: Path, out: Path, tiny: Setting
         Cells(out).read(cell)
 
 
+def test_a_cell_that_fails_ends_no_other(
+    llama: Path, out: Path, tiny: Settings, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tables are written, with the reason; the same command tries it again."""
+    tiny = tiny | {"steps": 2, "sparsity": 0.5}
+    compress = pipeline.compress
+
+    def failing(source: str, made: Recipe, *rest: Any, **named: Any) -> Any:
+        if made.rank_by == "error":
+            raise LosaError("step 2: the loss is nan")
+        return compress(source, made, *rest, **named)
+
+    monkeypatch.setattr(pipeline, "compress", failing)
+    arguments = ["rank-by", "schedule", "--json"]
+    assert run(llama, out, tiny, *arguments) == 2
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found["cells"] == {"all": 3, "ran": 1, "there": 1, "impossible": 0}
+    assert found["tables"][0]["notes"] == ["error, perplexity: failed, step 2: the loss is nan"]
+    assert [row[1] == "" for row in found["tables"][0]["rows"]] == [True, False]
+    assert found == json.loads((out / "experiments.json").read_text())
+    where = f"rank-by: error, seed 0 of {llama} (step 2: the loss is nan); schedule: linear, seed 0 of {llama} (step"
+    assert shown.err.startswith("losa: 2 of 3 cells failed; the same command tries them again: " + where)
+    assert shown.err.count("\n") == 1 and "failed, step 2" in (out / "experiments.md").read_text()
+    assert run(llama, out, tiny, "rank-by") == 2
+    shown = capsys.readouterr()
+    assert "What decides the ranks" in shown.out and "failed: step 2: the loss is nan" in shown.err
+    monkeypatch.setattr(pipeline, "compress", compress)
+    assert run(llama, out, tiny, *arguments) == 0 and told(capsys)["failed"] == []
+
+
 # ------------------------------------------------------------------------------------------------------- what is said
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,6 +122,10 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
             print(command.say_foretold(found))
         else:
             _print_tables(found)
+    if failed := command.say_failed(found):
+        if args.json:  # what there is is shown all the same
+            print(json.dumps(found))
+        raise LosaError(failed)
     return found
 
 

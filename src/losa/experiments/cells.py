@@ -45,7 +45,8 @@ class Cell:
     """A recipe on a model. `places`: where it stands, as (table, place). `impossible`: why it cannot be, if it cannot.
 
     kind: a run of `losa compress`, the dense model as it is, or a timing of decoding. wanted: whether a table wants what
-    the run itself measures. questions: what its model is asked; unasked: why it cannot be here, if it cannot.
+    the run itself measures. questions: what its model is asked; unasked: why it cannot be here, if it cannot. failed: what
+    ended it in this command, if anything did.
     """
 
     key: str
@@ -57,6 +58,7 @@ class Cell:
     wanted: bool = False
     questions: Questions | None = None
     unasked: str = ""
+    failed: str = ""
 
     @property
     def name(self) -> str:

@@ -57,7 +57,8 @@ class Asked:
 def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Run what is asked for, and write experiments.json, .csv, .md and .html into the output.
 
-    flags: settings of the recipe, for every cell. Returns what is in experiments.json, or with dry_run the cells.
+    flags: settings of the recipe, for every cell. Returns what is in experiments.json, or with dry_run the cells. A cell that
+    fails is among `failed` there, and the others run all the same.
     """
     chosen = tables.chosen(asked.names)
     asks = any(table.kind == "zero-shot" for table in chosen)
@@ -83,10 +84,14 @@ def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[
         for number, cell in enumerate(mine, 1):
             if kept.state(cell) == TO_RUN:
                 progress.say(f"cell {number}/{len(mine)}, {cell.name}")
-                if kept.run(cell, progress):
-                    ran += 1
-                else:
-                    progress.say("another process works on it, or has just finished it")
+                try:
+                    if kept.run(cell, progress):
+                        ran += 1
+                    else:
+                        progress.say("another process works on it, or has just finished it")
+                except LosaError as error:  # of this cell: those after it may do
+                    cell.failed = str(error)
+                    progress.say(f"failed: {error}")
     found = {cell.key: result for cell in cells if not cell.impossible and (result := kept.read(cell)) is not None}
     states = [kept.state(cell) for cell in cells]
     shown = show.collect(chosen, cells, found)
@@ -98,6 +103,7 @@ def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[
             "there": states.count(THERE),
             "impossible": sum(state not in (THERE, TO_RUN) for state in states),
         },
+        "failed": [{"name": c.name, "model": c.source, "key": c.key, "why": c.failed} for c in cells if c.failed],
         "tables": [grid.to_json() for grid in shown],
     }
     show.write(asked.output, shown, summary)
@@ -148,6 +154,15 @@ def foretell(kept: Cells, cells: list[Cell]) -> dict[str, Any]:
 def _like(cell: Cell) -> tuple[str, bool]:
     """Cells that take about as long."""
     return cell.kind, cell.recipe is not None and cell.recipe.recovery != "none"
+
+
+def say_failed(found: dict[str, Any]) -> str:
+    """Which cells failed, in one line; empty if none did."""
+    failed = [f"{cell['name']} of {cell['model']} ({cell['why']})" for cell in found.get("failed", [])]
+    if not failed:
+        return ""
+    count = f"{len(failed)} of {found['cells']['all']} cells failed; the same command tries them again"
+    return f"{count}: {'; '.join(failed)}"
 
 
 def say_foretold(found: dict[str, Any]) -> str:

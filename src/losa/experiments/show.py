@@ -137,8 +137,12 @@ def _grid(table: Table, source: str, cells: list[Cell], found: dict[str, dict[st
     verdicts = [
         (claim.text, _verdict(claim, measured[claim.measure if not vectors else "by_block"])) for claim in table.claims
     ]
-    why = {(place, cell.impossible) for cell in cells if cell.impossible for t, place in cell.places if t == table.name}
-    notes = [f"{', '.join(part for part in place if part)}: cannot be, {reason}" for place, reason in sorted(why)]
+    missed = [(cell, f"cannot be, {cell.impossible}") for cell in cells if cell.impossible]
+    missed += [
+        (c, f"failed, {c.failed}") for c in cells if c.failed and (table.kind == "zero-shot" or c.key not in found)
+    ]
+    why = {(place, reason) for cell, reason in missed for t, place in cell.places if t == table.name}
+    notes = [f"{', '.join(part for part in place if part)}: {reason}" for place, reason in sorted(why)]
     if table.kind == "zero-shot":
         notes += dict.fromkeys(f"cannot be asked: {cell.unasked}" for cell in cells if cell.unasked)
     first = "block" if vectors else ""
