@@ -15,7 +15,7 @@ from test_cli import flags, refused
 from losa import model, pipeline, speed
 from losa.cli import main
 from losa.errors import LosaError
-from losa.experiments import cells, latency, show, tables
+from losa.experiments import cells, command, latency, show, tables
 from losa.experiments.cells import Cell, Cells, gather
 from losa.experiments.tables import TABLES, Claim
 from losa.recipe import Recipe
@@ -130,7 +130,7 @@ def test_parts_are_all_of_it(
 
 def test_killed_and_resumed(llama: Path, out: Path, tiny: Settings, tmp_path: Path, monkeypatch: Any) -> None:
     """A cell goes on where it was killed, and comes to what it would have."""
-    (cell,) = gather(str(llama), tables.chosen(["rank-by"]), None, tiny | {"steps": 2}, 1)[:1]
+    cell, other = gather(str(llama), tables.chosen(["rank-by"]), None, tiny | {"steps": 2}, 1)
     whole = Cells(tmp_path / "whole")
     quiet = cells.Progress(quiet=True)
     assert whole.run(cell, quiet)
@@ -143,10 +143,28 @@ def test_killed_and_resumed(llama: Path, out: Path, tiny: Settings, tmp_path: Pa
     monkeypatch.setattr(pipeline, "compress", lambda *a, **k: resumed.append(k["resume"]) or compress(*a, **k))
     assert kept.run(cell, quiet) and resumed == [True]
     assert not kept.run(cell, quiet)  # it is there
-    measured, wanted = ((c.read(cell) or {})["measured"] for c in (kept, whole))
+    again, once = kept.read(cell) or {}, whole.read(cell) or {}
+    measured, wanted = again["measured"], once["measured"]
     for name in ("perplexity", "dense", "by_block", "ranks", "trained"):
         assert measured[name] == wanted[name]
-    assert measured["processor"] is None  # a part of it is not known
+    spent = ("seconds", "processor", "memory", "rates", "errors", "phases")  # of which a part is not known
+    assert [measured[name] for name in spent] == [None] * 6 and None not in [wanted[name] for name in spent]
+    assert again["took"] is None and once["took"] > 0
+    foretold = command.foretell(kept, [cell, other])
+    assert foretold["missing"] == 1 and foretold["seconds"] is None
+
+
+def test_tables_bear_what_is_not_known(llama: Path, tiny: Settings) -> None:
+    """Of cells that were killed and resumed."""
+    table = TABLES["cost"]
+    made = gather(str(llama), [table], None, tiny, 1)
+    none = dict.fromkeys(["seconds", "processor", "memory", "rates", "errors", "phases"])
+    kept = {"measured": {"trained": 5, "parameters": 7000, "dense": 9.0} | none, "recipe": {"allocator": "rmi"}}
+    grids = show.collect([table], made, dict.fromkeys([c.key for c in made], kept))
+    grids.append(show._by_size([str(llama)], made, dict.fromkeys([c.key for c in made], kept)))
+    assert grids[0].rows[0] == ["SparseGPT", "5", "", "", "", "", ""]
+    assert grids[0].verdicts[1][1] == "nothing has been measured yet"
+    assert grids[1].rows == [[str(llama), "7,000", "", ""]] and show.picture(grids)
 
 
 def test_a_cell_belongs_to_one_process(llama: Path, out: Path, tiny: Settings, monkeypatch: Any) -> None:

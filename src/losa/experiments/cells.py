@@ -282,11 +282,12 @@ class Cells:
             asks = self.unanswered(cell, kept) and not cell.unasked
             made = cell.kind == "dense" or (folder / "losa.json").is_file()
             if kept is None or (asks and not made):
-                began = time.monotonic()
-                measured = self._measure(cell, progress)
+                began, resume = time.monotonic(), self._may_resume(folder, cell)
+                measured = self._measure(cell, resume, progress)
                 if kept is None:
                     about = {"format": FORMAT, "losa": __version__, "source": cell.source, "kind": cell.kind}
-                    about |= {"took": round(time.monotonic() - began, 1), "recipe": cell.recipe.to_json()}
+                    took = None if resume else round(time.monotonic() - began, 1)
+                    about |= {"took": took, "recipe": cell.recipe.to_json()}
                     self._keep(cell, about | {"measured": measured})
             if asks:
                 self._ask(cell, progress)
@@ -305,11 +306,13 @@ class Cells:
         with writing(self.output, ""):
             write_json(self.path(cell), kept)
 
-    def _measure(self, cell: Cell, progress: Progress) -> dict[str, Any]:
+    def _measure(self, cell: Cell, resume: bool, progress: Progress) -> dict[str, Any]:
         if cell.kind == "dense":
             return {}
         assert cell.recipe is not None
-        return latency.measure(cell.source, cell.recipe) if cell.kind == "latency" else self._compress(cell, progress)
+        if cell.kind == "latency":
+            return latency.measure(cell.source, cell.recipe)
+        return self._compress(cell, resume, progress)
 
     def _run(self, cell: Cell) -> Path:
         return self.output / "runs" / cell.key
@@ -331,11 +334,10 @@ class Cells:
         finally:
             os.close(lock)
 
-    def _compress(self, cell: Cell, progress: Progress) -> dict[str, Any]:
-        """Run the recipe, from where it was killed if it was, and tell what came out."""
+    def _compress(self, cell: Cell, resume: bool, progress: Progress) -> dict[str, Any]:
+        """Run the recipe, from where it was killed if it was, and tell what came out, and what it took if that is known."""
         made, folder = cell.recipe, self._run(cell)
         assert made is not None
-        resume = self._may_resume(folder, cell)
         busy = time.process_time()
         result = pipeline.compress(
             cell.source, made, folder, resume=resume, overwrite=not resume and folder.exists(), progress=progress
@@ -346,6 +348,14 @@ class Cells:
         spent: dict[str, list[float]] = {}
         for phase in told.phases:
             spent.setdefault(phase["phase"], []).append(phase["seconds"])
+        took = {
+            "seconds": round(told.seconds, 1),
+            "processor": round(busy, 1),
+            "memory": told.peak or None,
+            "rates": statistics.mean(spent["rates"]) if "rates" in spent else None,
+            "errors": sum(spent["dense features"]) if "dense features" in spent else None,
+            "phases": {name: round(sum(values), 3) for name, values in spent.items()},
+        }
         return {
             "perplexity": sparse["perplexity"],
             "dense": dense["perplexity"],
@@ -355,12 +365,8 @@ class Cells:
             "errors_by_block": last["errors"],
             "trained": trained(cell.source, made, last["ranks"]),
             "parameters": parameters(cell.source),
-            "seconds": round(told.seconds, 1),
-            "processor": None if resume else round(busy, 1),
-            "memory": told.peak or None,
-            "rates": statistics.mean(spent["rates"]) if "rates" in spent else None,
-            "errors": sum(spent["dense features"]) if "dense features" in spent else None,
-            "phases": {name: round(sum(values), 3) for name, values in spent.items()},
+            # of a phase that was killed nobody wrote down what it took
+            **(dict.fromkeys(took) if resume else took),
         }
 
     @staticmethod

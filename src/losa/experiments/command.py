@@ -142,7 +142,7 @@ def foretell(kept: Cells, cells: list[Cell]) -> dict[str, Any]:
         state = kept.state(cell)
         if state == TO_RUN:
             missing.append(cell)
-        if not cell.impossible and (result := kept.read(cell)) is not None:
+        if not cell.impossible and (result := kept.read(cell)) is not None and result["took"] is not None:
             took.setdefault(_like(cell), []).append(result["took"])
         why = state if state not in (THERE, TO_RUN) else ""
         listed.append({"name": cell.name, "key": cell.key, "there": state == THERE, "impossible": why})
