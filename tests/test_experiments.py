@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,38 @@ def test_key_is_of_what_decides(llama: Path, tiny: Settings, text: Path, tmp_pat
     other.write_text(text.read_text().replace("def", "let", 1))
     moved = made.at(eval_data=str(other))
     assert cells.key_of(moved, "compress", about) != cells.key_of(made.at(eval_data=str(text)), "compress", about)
+
+
+def test_every_byte_decides(llama: Path, tiny: Settings, tmp_path: Path) -> None:
+    """Of large files too, wherever it is, and of a teacher's."""
+    folder, page = tmp_path / "model", tmp_path / "page.txt"
+    shutil.copytree(llama, folder)
+    merges, weights, template = folder / "merges.txt", folder / "more.safetensors", folder / "chat_template.jinja"
+    for path in (merges, weights, template, page):
+        path.write_bytes(b"a" * 2_000_000)
+    made = Recipe(**tiny | {"distill": 0.5, "teacher_model": str(folder), "eval_data": str(page)})
+
+    def keys() -> list[str]:
+        about = cells.fingerprint(str(folder))
+        return [about["model"], cells.key_of(made, "compress", {}), cells.key_of(made.at(eval_data=""), "compress", {})]
+
+    for path, changes in ((merges, 3), (weights, 3), (template, 3), (page, 1)):
+        before = keys()
+        with path.open("r+b") as file:
+            file.seek(100_000)
+            file.write(b"b")
+        assert sum(a != b for a, b in zip(before, keys(), strict=True)) == changes, path.name
+
+
+def test_files_are_read_once(llama: Path, tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    reading = cells._read_into
+    monkeypatch.setattr(cells, "_read_into", lambda digest, path: read.append(path) or reading(digest, path))
+    taught = tiny | {"distill": 0.5, "teacher_model": str(llama)}
+    gather(str(llama), tables.chosen(["rank-by", "schedule"]), None, taught, 2)
+    names = [path.name for path in read]
+    assert names.count("model.safetensors") == 2  # the model's, and the teacher's
+    assert names.count(Path(tiny["eval_data"]).name) == 3  # to calibrate, to train and to evaluate
 
 
 def test_tables_run_once(

@@ -1,12 +1,13 @@
 """The cells of the tables: each a recipe on a model, run once and kept by what decides its result.
 
-OUTPUT/cells/KEY.json  a finished cell; KEY is a hash of its recipe, the model, the texts it reads and losa's version; what it
-                       answered to zero-shot tasks is in it, too, by what was asked
+OUTPUT/cells/KEY.json  a finished cell; KEY is a hash of its recipe, the model and its teacher, the texts it reads and losa's
+                       version; what it answered to zero-shot tasks is in it, too, by what was asked
 OUTPUT/cells/KEY.lock  held while a process works on it; the system frees it however the process ends
 OUTPUT/runs/KEY/       its run, until it is finished: what goes on where it was killed
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -37,7 +38,8 @@ LATENCY = ("device", "dtype", "seed", "ignore", "targets", "alpha", "base_rank",
 QUIET: Settings = {"sample_tokens": 0, "eval_step_tokens": 0}  # what nobody looks at
 FORMAT = 1
 THERE, TO_RUN = "there", "to run"  # of a cell
-PIECES, PIECE = 16, 2**16  # of a file's bytes that its fingerprint reads
+DECIDING = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")  # of a model, tokenizer and chat template too
+PIECE = 2**20  # bytes of a file that are read at once
 
 
 @dataclass
@@ -89,6 +91,7 @@ def gather(
     found: dict[str, Cell] = {}
     refused: list[Cell] = []
     checked: dict[str, str] = {}
+    contents = functools.cache(_contents)  # files are read whole: once for all cells
     for seed in range(seeds):
         for table in tables:
             for place, settings in table.cells.items():
@@ -98,9 +101,9 @@ def gather(
                 except LosaError as error:
                     refused.append(Cell("", kind, source, None, [(table.name, place)], str(error)))
                     continue
-                key = key_of(made, kind, about)
+                key = key_of(made, kind, about, contents)
                 if key not in found:
-                    plain = key_of(made.at(seed=0), kind, about)
+                    plain = key_of(made.at(seed=0), kind, about, contents)
                     if plain not in checked:
                         checked[plain] = _why_not(source, made, kind)
                     found[key] = Cell(key, kind, source, made, [], checked[plain])
@@ -159,14 +162,22 @@ def _why_not(source: str, made: Recipe, kind: str) -> str:
 # --------------------------------------------------------------------------------------------- what decides a result
 
 
-def key_of(made: Recipe, kind: str, about: dict[str, str]) -> str:
+def _contents(name: str, source: str) -> str:
+    """A hash of what is in what the setting `name` names: a text, or the teacher."""
+    return fingerprint(source)["model"] if name == "teacher_model" else _text(source)
+
+
+def key_of(made: Recipe, kind: str, about: dict[str, str], contents: Callable[[str, str], str] = _contents) -> str:
     """A short hash of what decides the result of a cell."""
     settings = decisive(made.to_json())
     what: dict[str, Any] = {"format": FORMAT, "kind": kind, "losa": __version__, "recipe": settings, **about}
     if kind == "latency":
         what["machine"] = _machine(made)
     elif kind == "compress":
-        what["texts"] = {name: _text(getattr(made, name)) for name in ("calibration", "train_data", "eval_data")}
+        texts = ("calibration", "train_data", "eval_data")
+        what["texts"] = {name: contents(name, getattr(made, name)) for name in texts}
+        if made.teacher_model:
+            what["teacher"] = contents("teacher_model", made.teacher_model)
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -178,36 +189,33 @@ def decisive(settings: Settings) -> Settings:
 
 
 def fingerprint(source: str) -> dict[str, str]:
-    """Of a model's folder: its files' names, sizes and some of their bytes. Of a model on the hub, the name."""
+    """Of a model's folder: a hash of its files and their names. Of a model on the hub, the name."""
     folder = Path(model.locate(source))
     if not folder.is_dir():
         return {"model": source}
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".bin", ".model"):
-            digest.update(path.name.encode() + _some(path))
+        if path.is_file() and path.suffix in DECIDING:
+            digest.update(path.name.encode())
+            _read_into(digest, path)
     return {"model": digest.hexdigest()}
 
 
 def _text(source: str) -> str:
-    """Of a text: a local file's bytes, or the name; the built-in one is the standard library of this Python."""
+    """Of a text: a hash of a local file, or the name; the built-in one is the standard library of this Python."""
     if source and sources.place_of(source) == "file":
-        return hashlib.sha256(_some(Path(os.path.expanduser(source)))).hexdigest()
+        digest = hashlib.sha256()
+        _read_into(digest, Path(os.path.expanduser(source)))
+        return digest.hexdigest()
     return f"{source} of Python {platform.python_version()}" if source.startswith("demo") else source
 
 
-def _some(path: Path) -> bytes:
-    """A file's size and pieces of it, spread over it: the whole of a small one."""
-    size = path.stat().st_size
-    starts = (
-        range(0, size, PIECE) if size <= PIECES * PIECE else [(size - PIECE) * i // (PIECES - 1) for i in range(PIECES)]
-    )
+def _read_into(digest: Any, path: Path) -> None:
+    """A file's size, which says where it ends, and all of its bytes."""
+    digest.update(f"{path.stat().st_size} ".encode())
     with path.open("rb") as file:
-        pieces = []
-        for start in starts:
-            file.seek(start)
-            pieces.append(file.read(PIECE))
-    return f"{size} ".encode() + b"".join(pieces)
+        while piece := file.read(PIECE):
+            digest.update(piece)
 
 
 def _machine(made: Recipe) -> str:

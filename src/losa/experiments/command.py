@@ -70,7 +70,8 @@ def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[
     for source in asked.models:
         base = asked.recipe or ("demo" if source == "demo" else "paper")
         questions = Questions(source, asked.tasks, asked.task_data, asked.limit)
-        cells += gather(source, chosen, base, flags, asked.seeds, questions)
+        with progress.working(f"reading {source}"):  # all of its files, to know what has been made of it
+            cells += gather(source, chosen, base, flags, asked.seeds, questions)
     if asked.markdown:
         show.check_markdown(asked.markdown, show.names(chosen, asked.models))
     if not asked.cached:
