@@ -67,6 +67,26 @@ def test_seeds_come_one_after_the_other(llama: Path, tiny: Settings) -> None:
     assert [cell.recipe.seed for cell in made if cell.recipe] == 4 * [5] + 4 * [6] + 4 * [7]
 
 
+def test_each_cell_finds_its_learning_rate(
+    llama: Path, out: Path, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paper's 2e-4 for every method is only taken by who names it, or its recipe; the built-in model has its own."""
+    del tiny["learning_rate"]
+    ran: list[Recipe] = []
+    monkeypatch.setattr(Cells, "run", lambda self, cell, progress: ran.append(cell.recipe) or True)
+
+    def rates(source: Path | str, *more: str, flags_: Settings) -> set[float | str]:
+        ran.clear()
+        given = ["--model", str(source), "--output", str(out), "--quiet", *more, *flags(flags_)]
+        assert main(["experiment", "rank-methods", "finetune-first", "latency", *given]) == 0 and len(ran) > 8
+        return {made.learning_rate for made in ran if made.format == "dense"}
+
+    assert rates(llama, flags_=tiny) == {"auto"}
+    assert rates(llama, flags_=tiny | {"learning_rate": 1e-3}) == {1e-3}
+    assert rates(llama, "--recipe", "paper", flags_=tiny) == {2e-4}
+    assert rates("demo", flags_={}) == {4e-3}
+
+
 def test_key_is_of_what_decides(llama: Path, tiny: Settings, text: Path, tmp_path: Path) -> None:
     made = Recipe(**tiny)
     about = cells.fingerprint(str(llama))

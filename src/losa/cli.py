@@ -198,7 +198,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     experiment.add_argument("--output", type=Path, help="folder in which every cell is kept; what is there is not run")
     experiment.add_argument(
-        "--recipe", help="settings below those of the tables, as compress takes them (default: paper; of demo: demo)"
+        "--recipe",
+        help="settings below those of the tables, as compress takes them (default: paper with --learning-rate auto; of demo: demo)",
     )
     experiment.add_argument("--seeds", type=int, default=1, help="how many seeds, from --seed on (default: 1)")
     experiment.add_argument("--part", default="1/1", metavar="I/N", help="run every N-th cell only, from the I-th")

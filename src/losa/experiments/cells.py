@@ -78,14 +78,16 @@ def gather(
     flags: Settings,
     seeds: int,
     questions: Questions | None = None,
+    below: Settings | None = None,
 ) -> list[Cell]:
     """The cells of `tables` on the model `source`, each once, one seed of everything first.
 
     base: the recipe below everything; flags: settings that go on top of it and of the tables' defaults, below what a cell
-    is about. questions: for the cells of zero-shot tables, if not the usual ones. Raises LosaError for a flag that no cell
-    takes, and if no cell is possible.
+    is about. questions: for the cells of zero-shot tables, if not the usual ones. below: settings below the flags that a cell
+    need not take. Raises LosaError for a flag that no cell takes, and if no cell is possible.
     """
     _check_flags(tables, flags)
+    flags = (below or {}) | flags
     about = fingerprint(source)
     questions = questions or Questions(source)
     found: dict[str, Cell] = {}

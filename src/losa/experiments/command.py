@@ -27,7 +27,7 @@ class Asked:
     names: Sequence[str]
     models: Sequence[str]
     output: Path | None
-    recipe: str | None = None  # the paper's, or on the built-in model the demo's
+    recipe: str | None = None  # the paper's with rates of the cells' own, or on the built-in model the demo's
     seeds: int = 1
     part: str = "1/1"
     cached: bool = False
@@ -69,9 +69,11 @@ def experiment(asked: Asked, flags: dict[str, Any], progress: Progress) -> dict[
     cells: list[Cell] = []
     for source in asked.models:
         base = asked.recipe or ("demo" if source == "demo" else "paper")
+        # the paper's rate is for its models, and one for all methods
+        below = {"learning_rate": "auto"} if not asked.recipe and base == "paper" else {}
         questions = Questions(source, asked.tasks, asked.task_data, asked.limit)
         with progress.working(f"reading {source}"):  # all of its files, to know what has been made of it
-            cells += gather(source, chosen, base, flags, asked.seeds, questions)
+            cells += gather(source, chosen, base, flags, asked.seeds, questions, below)
     if asked.markdown:
         show.check_markdown(asked.markdown, show.names(chosen, asked.models))
     if not asked.cached:
