@@ -343,13 +343,14 @@ def test_a_best_number_of_steps(llama: Path, tiny: Settings) -> None:
         (grid,) = show.collect([table], made, filled(made, of))
         return grid.verdicts[0][1]
 
-    assert verdict(lambda cell: 10 + abs(cell.recipe.steps - 3)).startswith(
-        "holds: lowest at number of steps 3 (10.00;"
-    )
-    found = verdict(lambda cell: 10 + cell.recipe.steps)
-    assert found.startswith("does not hold: lowest at number of steps 1") and found.endswith("; one seed")
+    lowest = "lowest at number of steps 3 (10.00; 12.00 at 1, 17.00 at 10)"
+    assert verdict(lambda cell: 10 + abs(cell.recipe.steps - 3)) == f"one seed does not tell: {lowest}"
     made += gather(str(llama), [table], None, tiny | {"seed": 1}, 1)
-    assert verdict(lambda cell: 10 + cell.recipe.steps).endswith("; 2 seeds")
+    assert verdict(lambda cell: 10 + abs(cell.recipe.steps - 3)) == f"holds: {lowest}; beyond the noise"
+    found = verdict(lambda cell: 10 + abs(cell.recipe.steps - 3) / 2 + cell.recipe.seed)
+    assert found.startswith("holds: lowest") and found.endswith("; 1 of 2 differences within the noise")
+    found = verdict(lambda cell: 10 + cell.recipe.steps)
+    assert found == "does not hold: lowest at number of steps 1 (11.00; 11.00 at 1, 20.00 at 10); beyond the noise"
 
 
 def test_what_is_no_folder_of_cells_stays(
@@ -518,6 +519,19 @@ def test_what_a_model_cannot_do_is_said(
 def test_results_have_a_place_for_every_table() -> None:
     page = Path(__file__).parents[1] / "docs" / "results.md"
     show.check_markdown(page, list(TABLES))
+
+
+@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.measures == ("perplexity",)])
+def test_verdicts_on_the_page_are_of_the_tables_beside_them(name: str) -> None:
+    """What is there of one seed: the noise of several is not to be had from a page."""
+    page = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
+    part = page.partition(f"<!-- experiment {name} -->")[2].partition(show.END)[0]
+    header, _, *rows = [[c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines() if line[:1] == "|"]
+    values = {(row[0], c): [float(v)] for row in rows for c, v in zip(header, row, strict=True) if c and "±" not in v}
+    assert values
+    if len(values) == len(TABLES[name].cells):
+        for claim in TABLES[name].claims:
+            assert f"- The paper: {claim.text}. Here: {show._verdict(claim, values)}.\n" in part
 
 
 def test_interrupted(

@@ -15,7 +15,7 @@ from typing import Any
 
 from losa.errors import LosaError
 from losa.experiments.cells import Cell
-from losa.experiments.tables import Claim, Place, Table, Values
+from losa.experiments.tables import Claim, Place, Table, Values, how_sure
 from losa.run import write_bytes, write_json, writing
 from losa.units import duration, number, size
 
@@ -250,26 +250,20 @@ def _verdict(claim: Claim, values: Values) -> str:
     there = [(a, b) for a, b in claim.pairs if values.get(a) and values.get(b)]
     if not there:
         return "nothing has been measured yet"
-    holds, fails, unsure = 0, [], 0
+    holds, fails = 0, []
     for a, b in there:
         less, more = values[a], values[b]
         gap = statistics.mean(more) - statistics.mean(less)
         holds += gap > 0
         if gap <= 0:
             fails.append(f"{_place(a)} {_text(claim.measure, less)}, {_place(b)} {_text(claim.measure, more)}")
-        if min(len(less), len(more)) > 1:
-            error = math.sqrt(statistics.variance(less) / len(less) + statistics.variance(more) / len(more))
-            unsure += abs(gap) <= 2 * error
-    several = all(min(len(values[a]), len(values[b])) > 1 for a, b in there)
     word = "holds" if holds == len(there) else "does not hold" if not holds else "holds in part"
     said = f"{word}, {holds} of {len(there)}"
     if len(there) < len(claim.pairs):
         said += f" measured so far, of {len(claim.pairs)}"
     if fails:
         said += f" (not: {'; '.join(fails)})"
-    if not several:
-        return said + ("; some of it one seed" if any(len(values[a]) > 1 for a, _ in there) else "; one seed")
-    return said + (f"; {unsure} of {len(there)} differences within the noise" if unsure else "; beyond the noise")
+    return f"{said}; {how_sure(there, values)}"
 
 
 def _place(place: Place) -> str:

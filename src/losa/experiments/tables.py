@@ -1,6 +1,7 @@
 """Every table of the paper as data: cells (row, column) with what each changes of the recipe, and what the paper claims."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -96,6 +97,20 @@ def higher(text: str, better: list[str], worse: list[str], columns: Iterable[str
     return lower(text, worse, better, columns, measure)
 
 
+def how_sure(pairs: Iterable[tuple[Place, Place]], values: Values) -> str:
+    """Of the differences between two places each: how many are within the noise, twice their standard error."""
+    pairs = list(pairs)
+    seeds = [len(values[place]) for pair in pairs for place in pair]
+    if min(seeds) == 1:
+        return "some of it one seed" if max(seeds) > 1 else "one seed"
+    unsure = 0
+    for a, b in pairs:
+        gap = statistics.mean(values[b]) - statistics.mean(values[a])
+        error = math.sqrt(sum(statistics.variance(values[place]) / len(values[place]) for place in (a, b)))
+        unsure += abs(gap) <= 2 * error
+    return f"{unsure} of {len(pairs)} differences within the noise" if unsure else "beyond the noise"
+
+
 def _losa_beats_lora(pruners: Iterable[str], columns: Iterable[str]) -> tuple[Claim, ...]:
     labels = [LABELS[p] for p in pruners]
     return (
@@ -169,11 +184,13 @@ def _curve(name: str, title: str, setting: str, values: Iterable[float], what: s
         means = {row: sum(v) / len(v) for row in ends if (v := found.get((row, "perplexity"), []))}
         if len(means) < len(ends):
             return "not all of it has been measured"
-        best = min(means, key=lambda row: means[row])
-        holds = "holds" if best not in (ends[0], ends[-1]) else "does not hold"
+        best, inner = (min(rows, key=lambda row: means[row]) for rows in (ends, ends[1:-1]))
         beside = ", ".join(f"{means[end]:.2f} at {end}" for end in (ends[0], ends[-1]))
-        seeds = min(len(found[row, "perplexity"]) for row in ends)
-        return f"{holds}: lowest at {what} {best} ({means[best]:.2f}; {beside}); {'one seed' if seeds == 1 else f'{seeds} seeds'}"
+        lowest = f"lowest at {what} {best} ({means[best]:.2f}; {beside})"
+        if min(len(found[row, "perplexity"]) for row in ends) == 1:  # of six that are alike, four are inside
+            return f"one seed does not tell: {lowest}"
+        sure = how_sure([((inner, "perplexity"), (end, "perplexity")) for end in (ends[0], ends[-1])], found)
+        return f"{'holds' if best == inner else 'does not hold'}: {lowest}; {sure}"
 
     claim = Claim(f"There is a best {what}, and more is worse again", check=inside)
     return Table(name, title, grid({r: LOSA | s for r, s in rows.items()}, {"perplexity": {}}), HIGH, (claim,))
@@ -208,7 +225,12 @@ def _structured() -> Table:
         grid(rows, columns),
         {},
         (
-            lower("LoSA repairs what structured pruning leaves", ["Wanda-sp w. LoSA"], ["Wanda-sp"], columns),
+            lower(
+                "LoSA repairs what structured pruning leaves",
+                ["Wanda-sp w. LoSA", "FLAP w. LoSA"],
+                ["Wanda-sp", "FLAP"],
+                columns,
+            ),
             lower(
                 "At 50% unstructured pruning is far better than structured",
                 ["SparseGPT w. LoSA, unstructured"],
