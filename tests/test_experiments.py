@@ -384,6 +384,23 @@ def test_sizes_of_several_models(llama: Path, tiny: Settings) -> None:
     assert grids[0].rows[0] == ["SparseGPT", "5", "3.0 s", "2.0 s", "1 GB", "1.50 s", "0.50 s"]
 
 
+def test_a_picture_has_one_unit(llama: Path, tiny: Settings) -> None:
+    """Seconds and bytes on one axis say nothing."""
+    table = TABLES["cost"]
+    made = gather(str(llama), [table], None, tiny, 1)
+    measured = {"trained": 5, "seconds": 3.0, "processor": 2.0, "memory": 10**9, "rates": 1.5, "errors": 0.5}
+    kept = {"measured": measured | {"parameters": 7000, "dense": 9.0}, "recipe": {"allocator": "rmi"}}
+    grids = show.collect([table], made, dict.fromkeys([cell.key for cell in made], kept))
+    drawn = [
+        (unit, {y for line in show._lines(grid, kinds).values() for _, y, _ in line})
+        for grid, unit, kinds in show._drawn(grids)
+    ]
+    assert drawn == [("values trained", {5}), ("seconds", {3.0, 2.0, 1.5, 0.5}), ("bytes", {10**9})]
+    page = show.picture(grids)
+    assert page and page.count("Plotly.newPlot(") == 3 and page.count("<h2>") == 1
+    assert all(f'"title":{{"text":"{unit}"}}' in page for unit, _ in drawn)
+
+
 def test_what_is_trained_is_counted(llama: Path, tiny: Settings) -> None:
     shapes = [
         tuple(w.shape)

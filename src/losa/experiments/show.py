@@ -8,7 +8,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,12 @@ NAMES = {  # of what is measured, and how it is written
     "native_merged": ("native merged", lambda value: f"{value:.1f}"),
     "native_speedup": ("native merged over native dense", lambda value: f"{value:.2f}"),
     "merged_over_apart": ("merged over LoRA apart", lambda value: f"{value:.2f}"),
+}
+UNITS = {  # of measures that tables show side by side; others have a unit of their own
+    **dict.fromkeys(("seconds", "processor", "rates", "errors"), "seconds"),
+    **dict.fromkeys(("dense", "apart", "merged", "native_dense", "native_merged"), "tokens a second"),
+    **dict.fromkeys(("apart_speedup", "merged_speedup", "merged_over_apart", "native_speedup"), "times as fast"),
+    "memory": "bytes",
 }
 SAID = (  # settings that the caption names, if all cells have them in common
     *("sparsity", "pruner", "pattern", "steps", "mean_rank", "calibration", "calibration_samples", "sequence_length"),
@@ -353,17 +359,15 @@ def put_markdown(path: Path, grids: list[Grid]) -> None:
 
 
 def picture(grids: list[Grid]) -> str | None:
-    """A page with a picture a table, which needs nothing else; None where plotly is not installed."""
+    """A page with a picture a table and unit, which needs nothing else; None where plotly is not installed."""
     try:
         go = importlib.import_module("plotly.graph_objects")
     except ImportError:
         return None
     parts: list[str] = []
-    for grid in grids:
-        if not grid.entries:
-            continue
+    above: Grid | None = None
+    for grid, unit, kinds in _drawn(grids):
         figure = go.Figure()
-        kinds = list(dict.fromkeys(entry["measure"] for entry in grid.entries if entry["measure"] in NAMES))
         lines = _lines(grid, kinds)
         for name, points in lines.items():
             xs, ys, spread = zip(*points, strict=True)
@@ -378,10 +382,11 @@ def picture(grids: list[Grid]) -> str | None:
         heights = [y for points in lines.values() for _, y, _ in points]
         if min(heights) > 0 and max(heights) > 20 * min(heights):
             figure.update_yaxes(type="log")
-        figure.update_yaxes(title_text=" / ".join(NAMES[kind][0] for kind in kinds) if len(kinds) == 1 else "")
+        figure.update_yaxes(title_text=unit)
         figure.update_layout(height=420, template="plotly_white", barmode="group", margin={"t": 20})
         about = f"<h2>{html.escape(grid.title)}</h2><p>{html.escape(grid.model)}. {html.escape(grid.caption)}</p>"
-        parts.append(about + figure.to_html(full_html=False, include_plotlyjs=not parts))
+        parts.append((about if grid is not above else "") + figure.to_html(full_html=False, include_plotlyjs=not parts))
+        above = grid
     if not parts:
         return None
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>losa experiment</title>'
@@ -389,15 +394,28 @@ def picture(grids: list[Grid]) -> str | None:
     return head + style + "<h1>losa experiment</h1>" + "".join(parts) + "</html>\n"
 
 
+def _kinds(grid: Grid) -> list[str]:
+    return list(dict.fromkeys(entry["measure"] for entry in grid.entries if entry["measure"] in NAMES))
+
+
+def _drawn(grids: list[Grid]) -> Iterator[tuple[Grid, str, list[str]]]:
+    """The pictures: of each table, and of its measures, those with a unit in common."""
+    for grid in grids:
+        by_unit: dict[str, list[str]] = {}
+        for kind in _kinds(grid):
+            by_unit.setdefault(UNITS.get(kind, NAMES[kind][0]), []).append(kind)
+        yield from ((grid, unit, kinds) for unit, kinds in by_unit.items())
+
+
 def _lines(grid: Grid, kinds: list[str]) -> dict[str, list[tuple[Any, float, float | None]]]:
     """What is drawn: a line a row over the columns, or a single one over the rows; blocks along the axis where there are."""
-    columns = {entry["column"] for entry in grid.entries}
+    columns, many = {entry["column"] for entry in grid.entries}, len(_kinds(grid)) > 1
     made: dict[str, list[tuple[Any, float, float | None]]] = {}
     for entry in (entry for entry in grid.entries if entry["measure"] in kinds):
         point = (entry["mean"], entry["deviation"])
         if entry["block"] is not None:
             made.setdefault(entry["column"], []).append((entry["block"], *point))
-        elif len(kinds) > 1:
+        elif many:
             made.setdefault(NAMES[entry["measure"]][0], []).append((entry["row"] or entry["model"], *point))
         elif len(columns) > 1:
             made.setdefault(entry["row"], []).append((_number(entry["column"]), *point))
