@@ -16,6 +16,8 @@ import transformers
 from conftest import GATED, tokenizer
 
 from losa import bench, cli, masks, registry
+from losa.recipe import Recipe
+from losa.recipe_checks import refuse_unread
 from losa.sparse import kernels
 
 ROOT = Path(__file__).parents[1]
@@ -210,13 +212,17 @@ class Reader:
         """The command with settings that make it quick; a folder that holds a run already is replaced."""
         settings = SMALL_TRAINING | (SMALL if words[0] != "recover" else {})
         given = {word.partition("=")[0] for word in words}
-        pairs = not any(word.startswith("best") for word in words)  # else it trains all kept weights
-        if not pairs or ["--recovery", "none"] in [words[i : i + 2] for i in range(len(words))]:
-            settings.pop("--mean-rank")
         if "--recipe" in words:
             files = [name for name in words[words.index("--recipe") + 1].split(",") if name.endswith(".json")]
             given |= {f"--{key.replace('_', '-')}" for file in files for key in json.loads(Path(file).read_text())}
-        added = [part for flag, value in settings.items() if flag not in given for part in (flag, value)]
+        settings = {flag: value for flag, value in settings.items() if flag not in given}
+        names = {flag.removeprefix("--").replace("-", "_") for flag in settings}
+
+        def of_the_page(made: Recipe, asked: dict[str, Any]) -> None:  # what is added here need not be read
+            refuse_unread(made, {name: value for name, value in asked.items() if name not in names})
+
+        self.patch.setattr("losa.commands.refuse_unread", of_the_page)
+        added = [part for pair in settings.items() for part in pair]
         output = words[words.index("--output") + 1] if "--output" in words else ""
         again = words[0] != "experiment" and (self.folder / output / "losa.json").exists() and refusal is None
         return [*words, *added, *(["--overwrite"] if output and again and "--overwrite" not in words else [])]
