@@ -101,7 +101,7 @@ def test_tokens_are_decoded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--tokens", "64"], "reads at most 64 tokens: --tokens can be 48 at most"),
         (["--save", "--against", "demo"], "name that"),
         (["--dtype", "float23"], "did you mean 'float32'"),
-        (["--against", "nowhere"], "nowhere"),
+        (["--against", "./nowhere"], "nowhere"),
         (["--shape", "8x8"], "unknown argument '--shape'"),
     ],
 )

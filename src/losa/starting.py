@@ -98,7 +98,6 @@ def _start(
                 return finished(run, recipe, tokenizer)
         way = memory.choose(source, recipe, config, output is not None, run.from_disk)
         run.say_if(way.shortage)
-        run.say_if(not_held_out(recipe))
         with run.phase("reading"):
             inputs = read(recipe, tokenizer, config)
             counted = with_rows(recipe, len(inputs.examples))
@@ -121,6 +120,7 @@ def _start(
         if isinstance(source, str) and recipe.dtype == "auto" and config.dtype not in (None, subject.stored):
             was, now = map(dtype_name, (config.dtype, subject.stored))
             run.say(f"stored in {was}, computed and saved in {now}: --dtype float32 keeps what is stored")
+        run.say_if(not_held_out(recipe))
         if way.from_disk or way.spill:
             run.say(str(way))
         return go(run)
