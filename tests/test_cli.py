@@ -403,7 +403,7 @@ def test_the_demo_recovers_what_pruning_lost(tmp_path: Path, monkeypatch: pytest
     What comes out is an ordinary model with its zeros, and a smaller one without; a demo that was killed goes on.
     """
     short = {"steps": 2, "train_samples": 120, "calibration_samples": 16, "allocation_samples": 16}
-    chosen = {"eval_data": "demo:validation", "eval_tokens": 16384, "sample_tokens": 0} | short
+    chosen = {"eval_data": "demo:validation", "eval_tokens": 16384, "eval_step_tokens": 0, "sample_tokens": 0} | short
     quiet = Progress(quiet=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("losa.pipeline.set_ranks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
