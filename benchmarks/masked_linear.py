@@ -160,9 +160,8 @@ def timed(function: Callable[[], object]) -> float:
 def compare(out: int, columns: int, tokens: int, dtype: str, rounds: int, device: str) -> dict[str, object]:
     """One result: medians of the times, and of the ratios within a round with their quartiles."""
     layer = masked(out, columns, DTYPES[dtype], device)
-    modules: dict[str, nn.Module] = {"losa": layer, "naive": Naive(layer, True), "peft": lora(layer)}
-    if device == "cuda":
-        modules["fused"] = Fused(layer)
+    names = ("losa", "naive", "peft", *(["fused"] if device == "cuda" else []))
+    modules = {name: MADE[name](layer) for name in names}
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, columns, generator=generator).to(device, DTYPES[dtype]).requires_grad_()
     dy = torch.randn(tokens, out, generator=generator).to(device, DTYPES[dtype])
@@ -220,7 +219,8 @@ def stack(name: str, args: argparse.Namespace) -> tuple[nn.Module, Callable[[], 
     for _ in range(LAYERS):
         layers += [MADE[name](masked(WIDTH, WIDTH, dtype, args.device)), nn.SiLU()]
     model = nn.Sequential(*layers)
-    x = torch.randn(MEMORY_TOKENS, WIDTH).to(args.device, dtype).requires_grad_()
+    x = nn.Parameter(torch.randn(MEMORY_TOKENS, WIDTH).to(args.device, dtype))
+    model.register_parameter("x", x)  # so that its gradient goes with the others
     return model, lambda: model(x)
 
 
