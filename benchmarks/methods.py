@@ -45,6 +45,7 @@ ALLOCATORS: dict[str, dict[str, Any]] = {
     "error": {"allocator": "error"},
     "error per linear": {"allocator": "error", "rates_per": "linear"},
 }
+PRECISE = {"dtype": "float32"}  # on every processor: auto takes bfloat16 where it is multiplied fast
 AFTER = {"pruned only": PRUNED, "LoSA": {}}  # the two states that allocators and pruners are compared in
 
 
@@ -162,7 +163,7 @@ def run(settings: dict[str, Any], names: str, source: str) -> dict[str, Any]:
     from losa import evaluate, model, recipe
     from losa.units import dtype_name
 
-    chosen = recipe.load(names, settings)
+    chosen = recipe.load(names, settings | PRECISE)
     text, count = chosen.eval_data, chosen.eval_tokens
     began, busy = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:  # a LoRA kept apart has nowhere else to stay
@@ -185,7 +186,7 @@ def held_out(source: str, text: str, count: int) -> tuple[Any, float]:
     from losa import data, evaluate, model, recipe
 
     tokens = data.evaluation_tokens(text, model.load_tokenizer(source, model.load_config(source)), WINDOW, count)
-    return tokens, evaluate.perplexity(model.load(source, recipe.load("demo", {})), tokens, WINDOW)
+    return tokens, evaluate.perplexity(model.load(source, recipe.load("demo", PRECISE)), tokens, WINDOW)
 
 
 def tables(path: Path) -> dict[str, str]:

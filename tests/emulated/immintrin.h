@@ -82,11 +82,21 @@ inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
 inline __m512 _mm512_xor_ps(__m512 a, __m512 b) {
     return each<uint32_t, __m512>([&](int i) { return lane<uint32_t>(a, i) ^ lane<uint32_t>(b, i); });
 }
+inline float _mm512_reduce_add_ps(__m512 v) {
+    float f[16];
+    memcpy(f, v.byte, 64);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) f[i] += f[i + width];
+    return f[0];
+}
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
     return each<uint32_t, __m512i>([&](int i) { return lane<uint32_t>(a, i) + lane<uint32_t>(b, i); });
 }
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
     return each<uint32_t, __m512i>([&](int i) { return lane<uint32_t>(a, i) - lane<uint32_t>(b, i); });
+}
+inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
+    return each<uint32_t, __m512i>([&](int i) { return lane<uint32_t>(a, i) & lane<uint32_t>(b, i); });
 }
 inline __m512i _mm512_slli_epi32(__m512i a, unsigned n) {
     return each<uint32_t, __m512i>([&](int i) { return lane<uint32_t>(a, i) << n; });
@@ -120,21 +130,6 @@ inline __m512 _mm512_maskz_expand_ps(__mmask16 mask, __m512 a) { return expand_l
 inline __m512i _mm512_maskz_expand_epi16(__mmask32 mask, __m512i a) { return expand_lanes<uint16_t>(mask, a); }
 inline __m512i _mm512_maskz_expand_epi8(__mmask64 mask, __m512i a) { return expand_lanes<uint8_t>(mask, a); }
 
-inline float emulated_bf16(uint16_t bits) {  // subnormals count as zero, as in the instruction
-    if (!(bits & 0x7f80)) bits &= 0x8000;
-    const uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-}
-// Two products a lane, the odd one first, each rounded in fused multiply-adds.
-inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
-    const auto at = [](const __m512bh &r, int i) { return emulated_bf16(lane<uint16_t>(r.bits, i)); };
-    return each<float, __m512>([&](int i) {
-        const float odd = fmaf(at(a, 2 * i + 1), at(b, 2 * i + 1), lane<float>(sum, i));
-        return fmaf(at(a, 2 * i), at(b, 2 * i), odd);
-    });
-}
 // Four products of bytes without sign (a) and with sign (b) a lane.
 inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
     return each<int32_t, __m512i>([&](int i) {

@@ -126,21 +126,13 @@ class Native:
 
 
 class AVX512BF16(Native):
-    """bfloat16 and int8 values without a conversion to floats: bfloat16 products, and 16-bit fixed-point activations."""
+    """Thirty-two columns of bfloat16 at a time, or 64 of int8, whose activations are then 16-bit fixed point."""
 
-    name, symbol, expands = "avx512-bf16", "avx512_bf16", "avx512_bf16"
+    name, symbol, expands = "avx512-bf16", "avx512_bf16", "avx512"
     needs = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2", "avx512_vnni", "avx512_bf16")
     values = (torch.bfloat16, torch.int8)
     bf16_tiles = True
     summed = True
-
-    def refuses(self, packed: Packed, x_dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why it cannot multiply these, None if it can."""
-        if why := super().refuses(packed, x_dtype, device):
-            return why
-        if packed.values.dtype == torch.bfloat16 and x_dtype != torch.bfloat16:
-            return f"multiplies bfloat16 values by bfloat16, not by {x_dtype}"
-        return None
 
 
 class AVX512(Native):

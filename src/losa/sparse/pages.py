@@ -23,7 +23,7 @@ class Pages:
     def __init__(self, sizes: Sequence[int]) -> None:
         """sizes: bytes of all the tensors that will be put here."""
         total = sum(-(-size // LINE) * LINE for size in sizes)
-        self._map = mmap.mmap(-1, total + HUGE)
+        self._map = mmap.mmap(-1, total + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(AttributeError, OSError):  # a system without them has ordinary pages
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._next = -torch.frombuffer(self._map, dtype=torch.uint8).data_ptr() % HUGE

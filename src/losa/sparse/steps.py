@@ -17,6 +17,7 @@ EMBED, NORM, PLACE, MULTIPLY, ADD, GATE, ATTEND = range(7)  # enum Does in csrc/
 FLOATS = 0  # enum Form in csrc/product.h
 CPU = torch.device("cpu")
 COLUMNS = 64  # what buffers are padded to
+COUNTER = 9 * 64  # bytes of a struct Counter in csrc/steps.h
 WALL = 64  # floats of NaN between buffers: what reads beyond one is found out
 
 
@@ -88,7 +89,7 @@ class Table:
             _move([module for module in whole.modules() if isinstance(module, nn.Linear | PackedLinear)])
             self._build(whole.model, whole.lm_head)
         self._array = (Step * len(self.steps))(*self.steps)
-        self.counters = torch.zeros(len(self.steps) * 16, dtype=torch.int64)  # two lines of 64 bytes a step
+        self.counters = torch.zeros(len(self.steps) * COUNTER // 8, dtype=torch.int64)
         self.plan = Plan(ctypes.addressof(self._array), self.counters.data_ptr(), len(self.steps))
         self.plan.cache_type = cpu.TYPES[self.dtype]
 

@@ -1,5 +1,4 @@
-// AVX-512 with VBMI2, BF16 and VNNI: 32 columns of bfloat16 or 64 of int8 at a time, expanded as they are stored and multiplied
-// without becoming floats.
+// AVX-512 with VBMI2, BF16 and VNNI: 32 columns of bfloat16 or 64 of int8 at a time, expanded as they are stored.
 #include "losa.h"
 #include "vector512.h"
 
@@ -7,29 +6,42 @@
 
 namespace {
 
-struct KindBF16 {  // x is bfloat16 too
-    typedef uint16_t Value, Input;
+// A pair of columns is a word: shifted it is the even one as a float, masked the odd one. vdpbf16ps, which multiplies both at once,
+// takes the port that expansion needs (Xeon: 5.4 cycles for 32 columns, 3.8 so), and x would have to be rounded for it.
+struct KindBF16 {
+    typedef uint16_t Value;
+    typedef float Input;
     typedef __mmask32 Mask;
-    typedef __m512i Weights, Inputs;
-    typedef __m512 Sum;
+    typedef __m512i Weights;
+    struct Inputs {
+        __m512 even, odd;
+    };
+    struct Sum {
+        __m512 even, odd;
+    };
     static constexpr int STEP = 32, PER_COLUMN = 1;
     static constexpr bool SCALED = false, SUMMED = false, DENSE = false;
-    static constexpr Form FORM = HALVES;
+    static constexpr Form FORM = SPLIT;
     static Mask mask(uint64_t word, int k) { return (Mask)(word >> 32 * k); }
     static int count(Mask mask) { return __builtin_popcount(mask); }
     static Weights all(const uint16_t *v) { return _mm512_loadu_si512(v); }
     static Weights spread(const uint16_t *v, Mask mask) { return _mm512_maskz_expand_epi16(mask, all(v)); }
-    static Inputs load(const uint16_t *x) { return hold(_mm512_loadu_si512(x)); }
-    static Sum none() { return zero(); }
-    static void add(Sum &sum, Weights w, Inputs x) { sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
-    static Vector total(Sum sum) { return sum; }
-    static bool arrange(const Call &call, uint16_t *to, int64_t width, float *, int64_t) {
-        const int64_t in = call.weight.in;
-        for (int64_t b = 0; b < call.rows; b++) memcpy(to + b * width, (const uint16_t *)call.x + b * in, (size_t)in * 2);
-        return false;
+    static Inputs load(const float *x) { return {hold(_mm512_loadu_ps(x)), hold(_mm512_loadu_ps(x + 16))}; }
+    static Sum none() { return {zero(), zero()}; }
+    static void add(Sum &sum, Weights w, Inputs x) {
+        sum.even = fma(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), x.even, sum.even);
+        sum.odd = fma(_mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000))), x.odd, sum.odd);
     }
-    static void place(const float *x, int64_t n, uint16_t *to, float *) {
-        for (int64_t j = 0; j < n; j++) to[j] = float_bf16(x[j]);
+    static Vector total(Sum sum) { return fma(sum.even, splat(1), sum.odd); }
+    static void place(const float *x, int64_t n, float *to, float *) {
+        for (int64_t j = 0; j < n; j++) to[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = x[j];
+    }
+    static bool arrange(const Call &call, float *to, int64_t width, float *, int64_t) {
+        const int64_t in = call.weight.in;
+        for (int64_t b = 0; b < call.rows; b++)
+            for (int64_t j = 0; j < in; j++)
+                to[b * width + j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = read_float(call.x, call.x_type, b * in + j);
+        return false;
     }
     typedef uint16_t Output;
     static void put(Weights w, float, uint16_t *to) { _mm512_storeu_si512(to, w); }
@@ -174,7 +186,7 @@ extern "C" int losa_multiply_avx512_bf16(const Call *call) {
     return call->weight.type == I8 ? product<KindI8>(*call) : product<KindBF16>(*call);
 }
 
-extern "C" int losa_expand_avx512_bf16_bf16(const Matrix *weight, int64_t first, int64_t rows, void *tile, int64_t stride, int32_t threads) {
+extern "C" int losa_expand_avx512_bf16(const Matrix *weight, int64_t first, int64_t rows, void *tile, int64_t stride, int32_t threads) {
     return weight->type == I8 ? expand<ExpandI8>(*weight, first, rows, tile, stride, threads)
                               : expand<KindBF16>(*weight, first, rows, tile, stride, threads);
 }

@@ -1,7 +1,6 @@
 // What is no instruction set's own: what the processor has, and threads.
 #include "losa.h"
 
-#include <atomic>
 #include <dlfcn.h>
 #include <string>
 #include <system_error>
@@ -15,17 +14,22 @@
 
 namespace {
 
-struct Pieces {
-    std::atomic<int64_t> next;
+struct Job {
+    Queues queues;
+    int64_t arrived;
     int64_t count, step;
+    int32_t threads;
     void (*body)(void *, int64_t, int64_t);
     void *context;
 };
 
 void work(void *shared) {
-    Pieces &p = *(Pieces *)shared;
-    for (int64_t begin; (begin = p.next.fetch_add(p.step)) < p.count;)
-        p.body(p.context, begin, begin + p.step < p.count ? begin + p.step : p.count);
+    Job &job = *(Job *)shared;
+    int64_t mine = __atomic_fetch_add(&job.arrived, 1, __ATOMIC_RELAXED);
+    for (int64_t piece; (piece = take(job.queues, (job.count + job.step - 1) / job.step, job.threads, mine)) >= 0;) {
+        const int64_t begin = piece * job.step, end = begin + job.step;
+        job.body(job.context, begin, end < job.count ? end : job.count);
+    }
 }
 
 typedef void (*GompParallel)(void (*)(void *), void *, unsigned, unsigned);
@@ -66,20 +70,21 @@ GompParallel torch_threads() {
 }  // namespace
 
 extern "C" void losa_parallel(int64_t count, int64_t step, int32_t threads, void (*body)(void *, int64_t, int64_t), void *context) {
-    Pieces pieces = {{0}, count, step, body, context};
     const int64_t needed = (count + step - 1) / step;
     if (threads > needed) threads = (int32_t)needed;
-    if (threads <= 1) {
-        work(&pieces);
+    if (threads < 1) threads = 1;
+    Job job = {{}, 0, count, step, threads, body, context};
+    if (threads == 1) {
+        work(&job);
     } else if (const GompParallel parallel = torch_threads()) {
-        parallel(work, &pieces, (unsigned)threads, 0);
+        parallel(work, &job, (unsigned)threads, 0);
     } else {
         std::vector<std::thread> others;
         try {
-            for (int32_t i = 1; i < threads; i++) others.emplace_back(work, &pieces);
+            for (int32_t i = 1; i < threads; i++) others.emplace_back(work, &job);
         } catch (const std::system_error &) {  // no more threads to be had: those there are do it all
         }
-        work(&pieces);
+        work(&job);
         for (std::thread &other : others) other.join();
     }
 }

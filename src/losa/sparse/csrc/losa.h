@@ -52,6 +52,15 @@ struct Call {              // y [rows, out] = x [rows, in] W^T + bias
     int32_t threads;
 };
 
+constexpr int MOST_QUEUES = 8;
+
+// Pieces of a work that are still to be taken, zero when it begins: a queue of neighbours for each thread, or for a few.
+struct Queues {
+    struct {
+        alignas(64) int64_t taken;
+    } queue[MOST_QUEUES];
+};
+
 // body(context, begin, end) over the whole of [0, count), in pieces of `step`, each piece once, by up to `threads` threads.
 extern "C" void losa_parallel(int64_t count, int64_t step, int32_t threads, void (*body)(void *, int64_t, int64_t), void *context);
 
@@ -79,6 +88,21 @@ inline float read_float(const void *data, Type type, int64_t i) {
 }
 
 inline int64_t first_value(const Matrix &w, int64_t row) { return w.offsets ? w.offsets[row] : row * w.per_row; }
+
+// The next of `count` pieces for a thread whose queue is `mine`, or -1: its own first, so that it reads on where it was;
+// then from the others', whose threads are slower or were put aside by the system.
+inline int64_t take(Queues &queues, int64_t count, int32_t threads, int64_t &mine) {
+    const int64_t many = threads < MOST_QUEUES ? threads : MOST_QUEUES;
+    for (int64_t tried = 0; tried < many; tried++, mine++) {
+        mine %= many;
+        const int64_t begin = mine * count / many, end = (mine + 1) * count / many;
+        int64_t &taken = queues.queue[mine].taken;
+        if (begin + __atomic_load_n(&taken, __ATOMIC_RELAXED) >= end) continue;
+        const int64_t piece = begin + __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+        if (piece < end) return piece;
+    }
+    return -1;
+}
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

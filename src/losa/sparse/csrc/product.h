@@ -30,8 +30,8 @@
 
 namespace {
 
-// Of x: floats; of each 16 floats the even ones first; bfloat16; 16-bit fixed point with scales.
-enum Form : int32_t { FLOATS, SPLIT, HALVES, FIXED };
+// Of x: floats; of each 16 floats (AVX-512: 32) the even ones first; 16-bit fixed point with scales.
+enum Form : int32_t { FLOATS, SPLIT, FIXED };
 
 constexpr int TOGETHER = 4;  // rows of x that share one expansion; the next four read the weights from the nearest cache
 
@@ -57,13 +57,22 @@ inline Row<K> row_of(const Matrix &w, int64_t row) {
             K::SCALED ? w.scales + row * groups : nullptr, K::SUMMED ? w.sums + row * groups : nullptr};
 }
 
+// The line that a stream comes to soon. Processors' own prefetchers stop where a page ends, and values' addresses hang on the
+// counts before them: with this a core of a Xeon with AVX-512 reads 1.5 times as many packed weights from memory.
+enum Ahead : uintptr_t { OF_MASK = 512, OF_VALUES = 3072 };  // bytes, in about the same time
+
+template <Ahead AHEAD>
+inline void fetch(const void *at) {
+    __builtin_prefetch((const void *)((uintptr_t)at + AHEAD));
+}
+
 // y[r][b] = rows of packed weights, of one matrix or several of `in` columns, times rows of x from first_x on.
 template <class K, int R, int B>
 inline void dot_rows(const Row<K> (&row)[R], int64_t in, const Layout &x, int64_t first_x, float (&y)[R][B]) {
     const int64_t bytes = (in + 7) / 8;
     constexpr int STEPS = 64 / K::STEP;
-    // A sum waits for the last one of its own chain: with few sums, two chains each.
-    constexpr int CHAINS = B == 1 && STEPS > 1 ? 2 : 1;
+    // A sum waits for the last one of its own chain: with few sums, two chains each, unless they are pairs already.
+    constexpr int CHAINS = B == 1 && STEPS > 1 && sizeof(typename K::Sum) == sizeof(Vector) ? 2 : 1;
     typename K::Sum sums[R][B][CHAINS];
     Vector totals[R][B];
     for (int r = 0; r < R; r++) {
@@ -73,6 +82,7 @@ inline void dot_rows(const Row<K> (&row)[R], int64_t in, const Layout &x, int64_
         }
     }
     int64_t at[R] = {};  // values passed
+    constexpr int PER_LINE = 128 / (int)sizeof(typename K::Value);  // columns, of which half or less are kept
     const typename K::Input *inputs[B];
     for (int b = 0; b < B; b++) inputs[b] = (const typename K::Input *)x.data + (first_x + b) * x.width;
 
@@ -83,6 +93,7 @@ inline void dot_rows(const Row<K> (&row)[R], int64_t in, const Layout &x, int64_
             UNROLL(2)
             for (int r = 0; r < R; r++) {
                 const typename K::Mask kept = K::mask(word[r], k);
+                if (k * K::STEP % PER_LINE == 0) fetch<OF_VALUES>(row[r].values + at[r]);
                 weights[r] = K::spread(row[r].values + at[r], kept);
                 at[r] += K::count(kept);
                 asm("" : "+r"(at[r]));  // an index: moving the pointer takes a cycle more on Zen 2, and a fifth of the speed
@@ -102,6 +113,8 @@ inline void dot_rows(const Row<K> (&row)[R], int64_t in, const Layout &x, int64_
         uint64_t word[R];
         for (; byte + 8 <= end; byte += 8) {
             for (int r = 0; r < R; r++) memcpy(&word[r], row[r].mask + byte, 8);
+            if (byte % 64 == 0)
+                for (int r = 0; r < R; r++) fetch<OF_MASK>(row[r].mask + byte);
             step(byte, word);
         }
         if (byte < end) {  // the row's last columns: nothing is read beyond it
@@ -250,6 +263,7 @@ constexpr int ABREAST = 4;  // dense rows read at a time, a quarter of the matri
 template <class K, int R>
 inline void dense_rows(const typename K::Value *const (&row)[R], const typename K::Input *x, int64_t in, float (&y)[R]) {
     constexpr int CHAINS = R == 4 ? 2 : 4;
+    constexpr int PER_LINE = 64 / (int)sizeof(typename K::Value);
     typename K::Sum sums[R][CHAINS];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < CHAINS; c++) sums[r][c] = K::none();
@@ -258,7 +272,10 @@ inline void dense_rows(const typename K::Value *const (&row)[R], const typename 
         for (int k = 0; k < 64 / K::STEP; k++) {
             const typename K::Inputs inputs = K::load(x + j + k * K::STEP);
             UNROLL(4)
-            for (int r = 0; r < R; r++) K::add(sums[r][k % CHAINS], K::all(from[r] + at + k * K::STEP), inputs);
+            for (int r = 0; r < R; r++) {
+                if (k * K::STEP % PER_LINE == 0) fetch<OF_VALUES>(from[r] + at + k * K::STEP);
+                K::add(sums[r][k % CHAINS], K::all(from[r] + at + k * K::STEP), inputs);
+            }
         }
     };
     int64_t j = 0;
@@ -335,6 +352,7 @@ void read_range(void *context, int64_t begin, int64_t end) {
         UNROLL(4)
         for (int s = 0; s < STREAMS; s++) {
             const float *from = (const float *)(reading.data + (s * reading.apart + line) * 64);
+            fetch<OF_VALUES>(from);
             UNROLL(2)
             for (int k = 0; k < STEPS; k++) sums[s][k] = mixed(sums[s][k], load_floats(from + k * LANES));
         }

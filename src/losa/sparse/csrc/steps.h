@@ -1,7 +1,7 @@
 // One token through a whole model, for any instruction set: a table of steps that all threads walk through together.
 //
-// The threads are woken once a token. A step is cut into pieces; a thread takes the next piece nobody has, and when there
-// is none left it waits, spinning, until those taken are done. So nothing depends on how many threads there really are,
+// The threads are woken once a token. A step is cut into pieces; a thread takes the next piece that nobody has (see take),
+// and when there is none left it waits, spinning, until those taken are done. So nothing depends on how many threads there really are,
 // and one that the system has put aside holds nobody up unless it holds a piece. Each row, head and group is the work of
 // one piece: results do not depend on who does it.
 //
@@ -44,8 +44,8 @@ struct Step {
     float scaling;
 };
 
-struct Counter {           // of a step's pieces: the next to take, and how many are done; lines of their own
-    alignas(64) int64_t next;
+struct Counter {           // of a step's pieces: those to take, and how many are done; lines of their own
+    Queues queues;
     alignas(64) int64_t done;
 };
 
@@ -339,12 +339,13 @@ inline void relax() {
 }
 
 // What each thread does; one that comes late finds its work done.
-void walk(void *context, int64_t, int64_t) {
+void walk(void *context, int64_t thread, int64_t) {
     const Plan &plan = *(const Plan *)context;
     for (int64_t i = 0; i < plan.count; i++) {
         Counter &counter = plan.counters[i];
         const int64_t count = pieces(plan, plan.steps[i]);
-        for (int64_t piece; (piece = __atomic_fetch_add(&counter.next, 1, __ATOMIC_RELAXED)) < count;) {
+        int64_t mine = thread;
+        for (int64_t piece; (piece = take(counter.queues, count, plan.threads, mine)) >= 0;) {
             run(plan, plan.steps[i], piece);
             __atomic_fetch_add(&counter.done, 1, __ATOMIC_RELEASE);
         }

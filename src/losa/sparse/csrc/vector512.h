@@ -12,13 +12,7 @@ inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector splat(float f) { return _mm512_set1_ps(f); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 
-inline float sum(Vector v) {
-    float f[16];
-    _mm512_storeu_ps(f, v);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) f[i] += f[i + width];
-    return f[0];
-}
+inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
 
 inline Vector bf16_floats(__m256i v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
