@@ -2,7 +2,7 @@
 
 Up to ROWS rows of x are multiplied in one pass over the packed weights; on two cores with AVX2 that is faster than
 torch's dense product up to 64 rows. More rows (prefill): the weights are expanded tile by tile, and each tile goes
-through torch's dense product.
+through torch's dense product. In bfloat16 that is as fast from 16 rows on, on two cores with AMX, and twice as fast at 32.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from torch import Tensor
 from losa.sparse import native
 from losa.sparse.packed import Packed
 
-ROWS = 64
+ROWS, BF16_ROWS = 64, 16
 TILE = 2**22  # elements: 16 MiB of floats, which the last-level cache still holds
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # enum Type in csrc/losa.h
 
@@ -80,7 +80,7 @@ class Native:
             bias = bias.float()
         x = x.contiguous()
         rows = x.numel() // packed.in_features
-        if rows > ROWS:
+        if rows > (BF16_ROWS if self.bf16_tiles and x.dtype == torch.bfloat16 else ROWS):
             y = self._many(x.view(rows, packed.in_features), packed, bias)
             return y.view(*x.shape[:-1], packed.out_features)
         return self._few(x, rows, packed, bias)
