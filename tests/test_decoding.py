@@ -156,7 +156,7 @@ def test_writes_what_the_models_own_forward_writes(kind: str, form: str) -> None
 def test_threads_do_not_change_a_bit(kernel: str, form: str) -> None:
     whole = made("llama", form, torch.bfloat16)
     found = []
-    for threads in (1, 2, 5):
+    for threads in (1, 2, 11):
         torch.set_num_threads(threads)
         found.append(stepped(whole))
     torch.set_num_threads(1)
@@ -215,10 +215,14 @@ def test_buffers_are_not_overrun() -> None:
     stepped(whole)
     walls = [room for room in whole.forward._table._kept if isinstance(room, Tensor) and bool(room.isnan().any())]
     assert len(walls) > 5
-    fixed = whole.forward._table.kernel.summed  # where some are bytes, which as floats may be anything
+    table = whole.forward._table
+    fixed = {
+        step.linear[0].x for step in table.steps if step.linear[0].scales
+    }  # bytes, which as floats may be anything
+    assert bool(fixed) == table.kernel.summed
     for room in walls:
         assert bool(room[:WALL].isnan().all() and room[-WALL:].isnan().all())
-        assert fixed or bool(room[WALL:-WALL].isfinite().all())
+        assert room[WALL:].data_ptr() in fixed or bool(room[WALL:-WALL].isfinite().all())
 
 
 def test_sums_of_groups() -> None:
@@ -424,8 +428,9 @@ def test_pages_are_huge_where_the_system_has_them() -> None:
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
             begin, end = (int(number, 16) for number in line.split()[0].split("-"))
             found = begin <= place < end
-        elif found and line.startswith("AnonHugePages:"):
-            assert int(line.split()[1]) >= 2**11  # kB: one at least, since memory may be in pieces
+            assert not found or line.split()[1] == "rw-p"  # shared memory has them on few systems only
+        elif found and line.startswith("VmFlags:"):  # whether there are any just now depends on the memory that is free
+            assert "hg" in line.split()
             return
     pytest.fail("the memory is not mapped")
 

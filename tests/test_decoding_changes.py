@@ -21,12 +21,13 @@ from losa.sparse.linear import unpack_model
 def test_follows_what_becomes_of_the_model() -> None:
     whole = made("qwen2", "int8")
     before = stepped(whole)
+    near = 1e-4 if whole.forward._table.kernel.summed else 2e-6  # where activations are 16-bit fixed point
 
     def follows() -> None:
         nonlocal before
         tokens, found = whole.forward.tokens, stepped(whole)
         assert whole.forward.tokens > tokens
-        assert error(found, wanted(whole)) < 2e-6 < error(found, before)
+        assert error(found, wanted(whole)) < near < 1e-3 < error(found, before)
         before = found
 
     whole.model.norm.weight.mul_(1.5)
@@ -46,7 +47,7 @@ def test_follows_what_becomes_of_the_model() -> None:
     handle.remove()
     assert torch.equal(stepped(whole), before)
     unpack_model(whole)
-    assert error(stepped(whole), before) < 2e-6 and whole.forward.tokens > tokens
+    assert error(stepped(whole), before) < near and whole.forward.tokens > tokens
 
 
 def test_does_not_keep_its_model_alive() -> None:

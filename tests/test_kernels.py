@@ -142,12 +142,12 @@ def test_nm_has_no_offsets(kernel: kernels.Kernel, values: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("values", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("tokens", [1, 3, 8, cpu.ROWS + 1])
+@pytest.mark.parametrize("tokens", [1, 3, 8, cpu.BF16_ROWS + 1, cpu.ROWS + 1])
 def test_threads_do_not_change_a_bit(kernel: kernels.Kernel, values: torch.dtype, tokens: int) -> None:
     packed, x = made(131, 300, 0.6, values), torch.randn(tokens, 300).bfloat16()
-    if isinstance(kernel, cpu.Native) and tokens <= cpu.ROWS:
+    if isinstance(kernel, cpu.Native) and tokens <= (cpu.BF16_ROWS if kernel.bf16_tiles else cpu.ROWS):
         results = []
-        for threads in (1, 2, 5, 2):
+        for threads in (1, 2, 11, 2):
             torch.set_num_threads(threads)
             results.append(check(kernel, packed, x))
         torch.set_num_threads(1)

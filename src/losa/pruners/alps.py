@@ -45,7 +45,7 @@ class ALPS(Pruner):
     unit = "matrix"
     needs_inputs = True
     changes_weights = True
-    copies = ((7.75, 2.0), (5.0, 3.0))
+    copies = ((8.75, 2.0), (5.0, 3.0))
 
     def __post_init__(self) -> None:
         for option in ("damp", "rho", "tolerance"):

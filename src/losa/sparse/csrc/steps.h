@@ -48,6 +48,7 @@ struct Counter {           // of a step's pieces: those to take, and how many ar
     Queues queues;
     alignas(64) int64_t done;
 };
+static_assert(sizeof(Counter) == 9 * 64, "losa.sparse.steps.COUNTER");
 
 struct Plan {
     const Step *steps;
