@@ -197,7 +197,7 @@ class Side:
     """A process that serves one side."""
 
     def __init__(self, name: str, args: argparse.Namespace, **changed: Any) -> None:
-        settings = vars(args) | ({"dtype": args.their_dtype or args.dtype} if name == "theirs" else {}) | changed
+        settings = vars(args) | ({"dtype": args.their_dtype} if name == "theirs" else {}) | changed
         flags = [f"--{key.replace('_', '-')}={settings[key]}" for key in ("hidden", "blocks", "length", "threads")]
         flags += [f"--dtype={settings['dtype']}", f"--error-tokens={settings['error_tokens']}", f"--serve={name}"]
         command = [sys.executable, __file__, str(args.folder), *flags]
@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--serve", choices=("theirs", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.their_dtype = args.their_dtype or args.dtype
     if args.serve:
         return serve(args.serve, args)
     if not (args.folder / "lib" / "prune.py").is_file():
@@ -295,7 +296,7 @@ def main() -> None:
                     "part": part,
                     "round": number,
                     "dtype": args.dtype,
-                    "their_dtype": args.their_dtype or args.dtype,
+                    "their_dtype": args.their_dtype,
                     "threads": args.threads,
                     "sequences": seen[part],
                     **{name: {**times[name], **{k: found[name][k] for k in ("before", "peak")}} for name in sides},

@@ -216,9 +216,8 @@ def test_buffers_are_not_overrun() -> None:
     walls = [room for room in whole.forward._table._kept if isinstance(room, Tensor) and bool(room.isnan().any())]
     assert len(walls) > 5
     table = whole.forward._table
-    fixed = {
-        step.linear[0].x for step in table.steps if step.linear[0].scales
-    }  # bytes, which as floats may be anything
+    # bytes, which as floats may be anything
+    fixed = {step.linear[0].x for step in table.steps if step.linear[0].scales}
     assert bool(fixed) == table.kernel.summed
     for room in walls:
         assert bool(room[:WALL].isnan().all() and room[-WALL:].isnan().all())

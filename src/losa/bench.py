@@ -244,8 +244,8 @@ def _reading(packs: list[Packed], places: Iterator[int]) -> dict[str, Opponent]:
 def _times(opponents: dict[str, Opponent], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each in every round, 0 in those that a slow one sits out, which the first and the last are not.
 
-    Before these everyone but a slow one reads all of its matrices once: what has not been touched for seconds takes a virtual machine of ours
-    1.98 ms instead of 1.19.
+    Before these everyone but a slow one reads all of its matrices once: what has not been touched for seconds takes a
+    virtual machine of ours 1.98 ms instead of 1.19.
     """
     times: dict[str, list[float]] = {who: [] for who in opponents}
     slow: set[str] = set()

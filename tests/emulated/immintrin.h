@@ -19,12 +19,7 @@ typedef uint16_t __mmask16;
 typedef uint32_t __mmask32;
 typedef uint64_t __mmask64;
 
-// These two are cast from and to integer registers of their size.
-struct __m512bh {
-    __m512i bits;
-    explicit __m512bh(__m512i from) : bits(from) {}
-};
-struct __m256bh {
+struct __m256bh {  // cast to an integer register of its size
     __m256i bits;
     explicit operator __m256i() const { return bits; }
 };

@@ -154,7 +154,7 @@ struct DenseBF16 {  // the even columns of 16 are the lower halves of 8 words: a
     }
     static Vector total(Sum sum) { return sum; }
     static void place(const float *x, int64_t n, float *to, float *) {
-        for (int64_t j = 0; j < n; j++) to[j / 16 * 16 + j % 2 * 8 + j % 16 / 2] = x[j];
+        for (int64_t j = 0; j < n; j++) to[split_place<STEP>(j)] = x[j];
     }
 };
 

@@ -34,13 +34,13 @@ struct KindBF16 {
     }
     static Vector total(Sum sum) { return fma(sum.even, splat(1), sum.odd); }
     static void place(const float *x, int64_t n, float *to, float *) {
-        for (int64_t j = 0; j < n; j++) to[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = x[j];
+        for (int64_t j = 0; j < n; j++) to[split_place<STEP>(j)] = x[j];
     }
     static bool arrange(const Call &call, float *to, int64_t width, float *, int64_t) {
         const int64_t in = call.weight.in;
         for (int64_t b = 0; b < call.rows; b++)
             for (int64_t j = 0; j < in; j++)
-                to[b * width + j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = read_float(call.x, call.x_type, b * in + j);
+                to[b * width + split_place<STEP>(j)] = read_float(call.x, call.x_type, b * in + j);
         return false;
     }
     typedef uint16_t Output;

@@ -33,6 +33,12 @@ namespace {
 // Of x: floats; of each 16 floats (AVX-512: 32) the even ones first; 16-bit fixed point with scales.
 enum Form : int32_t { FLOATS, SPLIT, FIXED };
 
+// Where column j is in the SPLIT form of groups of N.
+template <int N>
+inline int64_t split_place(int64_t j) {
+    return j / N * N + j % 2 * (N / 2) + j % N / 2;
+}
+
 constexpr int TOGETHER = 4;  // rows of x that share one expansion; the next four read the weights from the nearest cache
 
 struct Layout {  // x as the kernel reads it: [rows, width] of Input, zero behind the last column
