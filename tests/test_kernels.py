@@ -317,8 +317,9 @@ def test_other_devices_and_types_are_refused() -> None:
 def test_the_op_is_a_good_citizen() -> None:
     packed = made(8, 64, 0.5, torch.int8)
     tensors = (packed.values, packed.mask, packed.offsets, packed.scales)
-    arguments = (torch.randn(3, 64), *tensors, torch.randn(8), 64, 0, 0)
-    torch.library.opcheck(torch.ops.losa.packed_linear.default, arguments)
+    x, bias = torch.randn(3, 64, requires_grad=True), torch.randn(8, requires_grad=True)
+    torch.library.opcheck(torch.ops.losa.packed_linear.default, (x, bias, *tensors, 64, 0, 0))
+    torch.library.opcheck(torch.ops.losa.packed_linear_backward.default, (torch.randn(3, 8), *tensors, 64, 0, 0))
 
 
 def test_compiled_graphs_stay_whole() -> None:
@@ -330,13 +331,22 @@ def test_compiled_graphs_stay_whole() -> None:
     assert torch.equal(compiled(x), double(x))
 
 
-@pytest.mark.parametrize("of", ["x", "bias"])
-def test_gradients_are_refused_not_lost(of: str) -> None:
-    x, bias = torch.randn(1, 64, requires_grad=of == "x"), torch.randn(8, requires_grad=of == "bias")
-    with pytest.raises(RuntimeError, match="losa"):
-        kernels.multiply(x, PACKED, bias).sum().backward()
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64)])
+@pytest.mark.parametrize("of", ["x", "bias", "both"])
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.int8, "2:4"])
+def test_gradients_are_those_of_the_unpacked_weight(values: Any, of: str, shape: tuple[int, ...]) -> None:
+    two_of_four = torch.tensor([1, 0, 0, 1]).bool().repeat(8, 16)
+    packed = pack(torch.randn(8, 64), two_of_four) if values == "2:4" else made(8, 64, 0.5, values)
+    assert (packed.nm is None) == (values != "2:4")
+    x, bias = torch.randn(shape, requires_grad=of != "bias"), torch.randn(8, requires_grad=of != "x")
+    wanted = [tensor for tensor in (x, bias) if tensor.requires_grad]
+    heads = torch.randn(*shape[:-1], 8)
+    found = torch.autograd.grad(kernels.multiply(x, packed, bias), wanted, heads)
+    dense = torch.nn.functional.linear(x, unpack(packed, torch.float32)[0], bias)
+    for one, exact in zip(found, torch.autograd.grad(dense, wanted, heads), strict=True):
+        torch.testing.assert_close(one, exact)
     with torch.no_grad():
-        assert not kernels.multiply(x, PACKED, bias).requires_grad
+        assert not kernels.multiply(x, packed, bias).requires_grad
 
 
 def test_a_wrong_width_is_an_error() -> None:

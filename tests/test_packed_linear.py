@@ -153,10 +153,20 @@ def test_generates_what_the_dense_model_does(packed: Path, monkeypatch: pytest.M
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiles_whole(packed: Path) -> None:
+    """With gradients of what is not packed, and without."""
     loaded = load(packed, dtype=torch.float32)
+    dense = copy.deepcopy(loaded)
+    unpack_model(dense, torch.float32)
     compiled = torch.compile(loaded, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(IDS).logits, loaded(IDS).logits)
+    for whole in (compiled, dense):
+        whole(IDS, labels=IDS).loss.backward()
+    exact = {name: p.grad for name, p in dense.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in loaded.named_parameters() if p.grad is not None}
+    assert found.keys() == exact.keys() >= {"model.embed_tokens.weight", "model.norm.weight"}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, exact[name], rtol=1e-4, atol=1e-6)
 
 
 def test_base_model(packed: Path) -> None:

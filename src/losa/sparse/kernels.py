@@ -6,7 +6,7 @@ A kernel is named by its user (`LOSA_KERNEL`, or the argument) or is the first o
 import logging
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from losa import registry
 from losa.errors import LosaError
 from losa.patterns import NM
-from losa.sparse.packed import Packed
+from losa.sparse.packed import Packed, unpack
 
 log = logging.getLogger("losa.sparse")
 AUTO = "auto"
@@ -104,13 +104,13 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     if _traced(x, bias):
         n, m = (0, 0) if packed.nm is None else (packed.nm.n, packed.nm.m)
         tensors = (packed.values, packed.mask, packed.offsets, packed.scales)
-        result: Tensor = packed_linear(x, *tensors, bias, packed.in_features, n, m)
+        result: Tensor = packed_linear(x, bias, *tensors, packed.in_features, n, m)
         return result
     return _multiply(x, packed, bias)
 
 
 def _traced(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch must see an op of its own: to compile, to trace, to refuse a gradient. It takes 20 us on a CPU."""
+    """Whether torch must see an op of its own: to compile, to trace, to differentiate. It takes 20 us on a CPU."""
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
@@ -136,29 +136,75 @@ def _multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 @torch.library.custom_op("losa::packed_linear", mutates_args=())
 def packed_linear(
     x: Tensor,
+    bias: Tensor | None,
     values: Tensor,
     mask: Tensor,
     offsets: Tensor | None,
     scales: Tensor | None,
-    bias: Tensor | None,
     in_features: int,
     n: int,
     m: int,
 ) -> Tensor:
-    """The op: see `multiply`. Its weights are those of a Packed that `check` has seen; n and m are 0 if it keeps no N:M."""
-    return _multiply(x, Packed(values, mask, offsets, scales, in_features, NM(n, m) if m else None), bias)
+    """The op: see `multiply`. Its weights are those of a Packed that `check` has seen; n and m are 0 if it keeps no N:M.
+
+    Gradients reach x and the bias. The packed weight has none: it is frozen.
+    """
+    return _multiply(x, _packed(values, mask, offsets, scales, in_features, n, m), bias)
+
+
+@torch.library.custom_op("losa::packed_linear_backward", mutates_args=())
+def packed_linear_backward(
+    gradient: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    offsets: Tensor | None,
+    scales: Tensor | None,
+    in_features: int,
+    n: int,
+    m: int,
+) -> Tensor:
+    """The gradient of the output, [..., out] -> of x, [..., in], by the weight unpacked into its type for as long."""
+    packed = _packed(values, mask, offsets, scales, in_features, n, m)
+    return gradient @ unpack(packed, gradient.dtype)[0]
+
+
+def _packed(
+    values: Tensor, mask: Tensor, offsets: Tensor | None, scales: Tensor | None, in_features: int, n: int, m: int
+) -> Packed:
+    return Packed(values, mask, offsets, scales, in_features, NM(n, m) if m else None)
 
 
 @packed_linear.register_fake
+def _(x: Tensor, bias: Tensor | None, values: Tensor, mask: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], mask.shape[0])
+
+
+@packed_linear_backward.register_fake
 def _(
-    x: Tensor,
+    gradient: Tensor,
     values: Tensor,
     mask: Tensor,
     offsets: Tensor | None,
     scales: Tensor | None,
-    bias: Tensor | None,
     in_features: int,
-    n: int,
-    m: int,
+    *_: Any,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], mask.shape[0])
+    return gradient.new_empty(*gradient.shape[:-1], in_features)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, bias, *weight, ctx.in_features, ctx.n, ctx.m = inputs
+    ctx.save_for_backward(*weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    of_x = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = packed_linear_backward(gradient, *ctx.saved_tensors, ctx.in_features, ctx.n, ctx.m)
+    if ctx.needs_input_grad[1]:
+        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+    return of_x, of_bias, *[None] * 7
+
+
+packed_linear.register_autograd(_backward, setup_context=_keep)
