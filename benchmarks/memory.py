@@ -3,6 +3,7 @@
     python benchmarks/memory.py growth                   # 4, 8, 16 and 32 layers of one width
     python benchmarks/memory.py foretold                 # widths, pruners, from disk and in memory
     python benchmarks/memory.py exponents                # layers, width and calibration tokens, each doubled twice
+    python benchmarks/memory.py exponents --recovery losa --pruner wanda    # the same in memory, tokens those of recovery
     python benchmarks/memory.py large --memory 8GB       # 40 layers of a 13B Llama's shape, 26 GB, RLIMIT_DATA set
 
 Models are random, written shard by shard into --scratch (a temporary folder), and taken away again. Each run is a process
@@ -139,22 +140,28 @@ def report(
         shutil.rmtree(folder)
 
 
-def exponents(scratch: Path, pruner: str) -> None:
-    """What time and memory grow with: each quantity doubled twice, from 2 layers of 1024 (width: of 512) and 2048 tokens."""
+def exponents(scratch: Path, pruner: str, recovery: str) -> None:
+    """What time and memory grow with: each quantity doubled twice, from 2 layers of 1024 (width: of 512) and 2048 tokens.
 
-    def took(layers: int = 2, hidden: int = 1024, samples: int = 16) -> dict[str, Any]:
-        settings = {"pruner": pruner, "calibration-samples": samples}
-        return report(scratch, shape(hidden, layers), settings, SPILLED)
+    Of pruning alone from disk; with a recovery in memory, on 64 rows of 128 tokens.
+    """
+
+    def took(layers: int = 2, hidden: int = 1024, tokens: int = 1) -> dict[str, Any]:
+        settings = {"pruner": pruner, "calibration-samples": 16}
+        if recovery == "none":
+            return report(scratch, shape(hidden, layers), settings | {"calibration-samples": 16 * tokens}, SPILLED)
+        rows = {"train-data": "demo", "train-length": 128, "train-samples": 64 * tokens, "learning-rate": 1e-3}
+        return report(scratch, shape(hidden, layers), settings | rows | {"recovery": recovery}, IN_MEMORY)
 
     series: dict[str, Callable[[int], dict[str, Any]]] = {
         "layers": lambda times: took(layers=2 * times),
         "width": lambda times: took(hidden=512 * times),
-        "tokens": lambda times: took(samples=16 * times),
+        "tokens": lambda times: took(tokens=times),
     }
     for what, measured in series.items():
         found = [measured(times) for times in (1, 2, 4)]
         of = {name: exponent([one[name] for one in found]) for name in ("processor", "peak")}
-        print(json.dumps({"benchmark": "exponents", "pruner": pruner, "doubled": what, **of}), flush=True)
+        print(json.dumps({"benchmark": "exponents", "pruner": pruner, "recovery": recovery, "doubled": what, **of}))
 
 
 def exponent(values: list[float]) -> float | None:
@@ -184,6 +191,7 @@ def main() -> None:
     parser.add_argument("what", choices=("growth", "exponents", "foretold", "large"))
     parser.add_argument("--hidden", type=int, nargs="+", help="widths: of growth 2048, of foretold 512 to 3072")
     parser.add_argument("--pruner", nargs="+", default=["wanda", "sparsegpt"], help="of foretold and exponents")
+    parser.add_argument("--recovery", default="none", help="of exponents")
     parser.add_argument("--samples", type=int, default=16, help="of foretold: sequences of 128 tokens")
     parser.add_argument("--dtype", default="auto", help="of foretold: what is computed in")
     parser.add_argument("--memory", default="8GB", help="of large: the limit, hard")
@@ -195,7 +203,7 @@ def main() -> None:
                 report(args.scratch, shape(hidden, layers), {"pruner": "wanda"}, SPILLED)
     if args.what == "exponents":
         for pruner in args.pruner:
-            exponents(args.scratch, pruner)
+            exponents(args.scratch, pruner, args.recovery)
     if args.what == "large":
         large = {"hidden": 5120, "mlp": 13824, "layers": 40, "heads": 40, "vocabulary": 32000, "dtype": "bfloat16"}
         report(args.scratch, large, {"pruner": "wanda", "memory": args.memory}, limit=args.memory)

@@ -14,6 +14,7 @@ import pytest
 from pages import PAGES, ROOT, Reader, blocks, fill
 
 from losa import cli
+from losa.experiments.tables import TABLES
 
 INLINE = [(page, found) for page, text in PAGES.items() for found in re.findall(r"`(losa \w+ [^`]+)`", text)]
 
@@ -129,3 +130,11 @@ def test_messages_are_those_of_the_code() -> None:
     for message in quoted:
         bare = " ".join(message.removeprefix("losa: ").split())
         assert any(pattern.fullmatch(bare) for pattern in known), message
+
+
+def test_every_table_of_the_paper_is_there() -> None:
+    """Each experiment has its place in docs/results.md, once, and a table with figures in it."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    for name in TABLES:
+        (found,) = re.findall(rf"<!-- experiment {re.escape(name)} -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
+        assert re.search(r"^\| .*\d\.\d", found, flags=re.MULTILINE), name

@@ -21,9 +21,10 @@ from losa.recovery import distillation, footprint
 from losa.recovery.low_rank import MaskedLowRank
 
 # Measured: Python with torch, transformers and datasets; what glibc keeps of memory that recovery has freed; and how much
-# its heap takes for what recovery has alive, whose holes the next tensors do not fit (0.9 to 1.3 times as much as is
-# counted). What it keeps of pruning's are `_holes`, and nothing from disk (`heap.returned_at_once`).
-PROCESS, KEPT, HEAP = 380e6, 150e6, 1.15
+# its heap takes for what recovery has alive, whose holes the next tensors do not fit: where all activations come from it,
+# and where the widest are large enough to be mapped. Of pruning's it keeps `_holes`, and nothing from disk
+# (`heap.returned_at_once`).
+PROCESS, KEPT, HEAP, MAPPED = 380e6, 150e6, 1.5, 1.15
 WIKITEXT = 300_000  # tokens of evaluation text, where nobody knows yet
 
 
@@ -171,7 +172,7 @@ def ways(whole: Any, config: Any, recipe: Recipe) -> list[Way]:
                 "model": held + pairs,
                 "calibration": kept + pruning + holes,
                 "evaluation": evaluating + KEPT if evaluating else 0,
-                "recovery": HEAP * training + KEPT if training else 0,
+                "recovery": training + KEPT if training else 0,
             },
             host=0.0 if device.type == "cpu" else float(parameters * size),
         )
@@ -255,7 +256,9 @@ def _recovery(
         live = recipe.teacher == "live"  # which is one more model, and its logarithms in fp32
         chunk = min(rows * vocabulary, distillation.CHUNK)
         training += rows * vocabulary * (2 * size + 4 * live - 8) + 16 * chunk
-    return pairs, training
+    widest = rows * size * max(linear.out_features for linear in linears.values())
+    holes = model.choose_device(recipe.device).type == "cpu" and widest < heap.LARGEST
+    return pairs, training * (HEAP if holes else MAPPED)
 
 
 def scratch(pruner: Any, rows: int, columns: int) -> float:
