@@ -361,7 +361,7 @@ def test_a_bias_of_another_shape_is_an_error(shape: list[int]) -> None:
     with pytest.raises(ValueError, match="8 rows was given a bias"):
         kernels.multiply(torch.randn(2, 64), PACKED, torch.randn(shape))
     with pytest.raises(ValueError, match="8 rows was given a bias"):
-        torch.ops.losa.packed_linear(torch.randn(2, 64), *tensors, torch.randn(shape), 64, 0, 0)
+        torch.ops.losa.packed_linear(torch.randn(2, 64), torch.randn(shape), *tensors, 64, 0, 0)
 
 
 def test_a_bias_may_be_a_view() -> None:
