@@ -161,7 +161,8 @@ def exponents(scratch: Path, pruner: str, recovery: str) -> None:
     for what, measured in series.items():
         found = [measured(times) for times in (1, 2, 4)]
         of = {name: exponent([one[name] for one in found]) for name in ("processor", "peak")}
-        print(json.dumps({"benchmark": "exponents", "pruner": pruner, "recovery": recovery, "doubled": what, **of}))
+        line = {"benchmark": "exponents", "pruner": pruner, "recovery": recovery, "doubled": what, **of}
+        print(json.dumps(line), flush=True)
 
 
 def exponent(values: list[float]) -> float | None:

@@ -319,7 +319,8 @@ def test_the_op_is_a_good_citizen() -> None:
     tensors = (packed.values, packed.mask, packed.offsets, packed.scales)
     x, bias = torch.randn(3, 64, requires_grad=True), torch.randn(8, requires_grad=True)
     torch.library.opcheck(torch.ops.losa.packed_linear.default, (x, bias, *tensors, 64, 0, 0))
-    torch.library.opcheck(torch.ops.losa.packed_linear_backward.default, (torch.randn(3, 8), *tensors, 64, 0, 0))
+    weight = (packed.values, packed.mask, packed.scales)
+    torch.library.opcheck(torch.ops.losa.packed_linear_backward.default, (torch.randn(3, 8), *weight, 64))
 
 
 def test_compiled_graphs_stay_whole() -> None:

@@ -149,29 +149,15 @@ def packed_linear(
 
     Gradients reach x and the bias. The packed weight has none: it is frozen.
     """
-    return _multiply(x, _packed(values, mask, offsets, scales, in_features, n, m), bias)
+    return _multiply(x, Packed(values, mask, offsets, scales, in_features, NM(n, m) if m else None), bias)
 
 
 @torch.library.custom_op("losa::packed_linear_backward", mutates_args=())
 def packed_linear_backward(
-    gradient: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    offsets: Tensor | None,
-    scales: Tensor | None,
-    in_features: int,
-    n: int,
-    m: int,
+    gradient: Tensor, values: Tensor, mask: Tensor, scales: Tensor | None, in_features: int
 ) -> Tensor:
     """The gradient of the output, [..., out] -> of x, [..., in], by the weight unpacked into its type for as long."""
-    packed = _packed(values, mask, offsets, scales, in_features, n, m)
-    return gradient @ unpack(packed, gradient.dtype)[0]
-
-
-def _packed(
-    values: Tensor, mask: Tensor, offsets: Tensor | None, scales: Tensor | None, in_features: int, n: int, m: int
-) -> Packed:
-    return Packed(values, mask, offsets, scales, in_features, NM(n, m) if m else None)
+    return gradient @ unpack(Packed(values, mask, None, scales, in_features), gradient.dtype)[0]
 
 
 @packed_linear.register_fake
@@ -180,28 +166,20 @@ def _(x: Tensor, bias: Tensor | None, values: Tensor, mask: Tensor, *_: Any) -> 
 
 
 @packed_linear_backward.register_fake
-def _(
-    gradient: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    offsets: Tensor | None,
-    scales: Tensor | None,
-    in_features: int,
-    *_: Any,
-) -> Tensor:
+def _(gradient: Tensor, values: Tensor, mask: Tensor, scales: Tensor | None, in_features: int) -> Tensor:
     return gradient.new_empty(*gradient.shape[:-1], in_features)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bias, *weight, ctx.in_features, ctx.n, ctx.m = inputs
-    ctx.save_for_backward(*weight)
+    _, bias, values, mask, _, scales, ctx.in_features, _, _ = inputs
+    ctx.save_for_backward(values, mask, scales)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_x = of_bias = None
     if ctx.needs_input_grad[0]:
-        of_x = packed_linear_backward(gradient, *ctx.saved_tensors, ctx.in_features, ctx.n, ctx.m)
+        of_x = packed_linear_backward(gradient, *ctx.saved_tensors, ctx.in_features)
     if ctx.needs_input_grad[1]:
         of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
     return of_x, of_bias, *[None] * 7
