@@ -164,7 +164,7 @@ def ways(whole: Any, config: Any, recipe: Recipe) -> list[Way]:
         if recipe.needs_dense_copy or recipe.teacher_model:
             held += parameters * size
         kept = (0 if spill else activations) + sampled * size * len(blocks)
-        pairs, training = _recovery(whole, recipe, blocks, hidden, size, vocabulary)
+        pairs, training = _recovery(whole, recipe, blocks, hidden, size, vocabulary, device)
         return Way(
             False,
             spill,
@@ -233,7 +233,7 @@ def trained(recipe: Recipe, linears: dict[str, Any]) -> int:
 
 
 def _recovery(
-    whole: Any, recipe: Recipe, blocks: list[Block], hidden: int, size: int, vocabulary: int
+    whole: Any, recipe: Recipe, blocks: list[Block], hidden: int, size: int, vocabulary: int, device: torch.device
 ) -> tuple[float, float]:
     """What it keeps all the time, and what it takes while it trains."""
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
@@ -257,7 +257,7 @@ def _recovery(
         chunk = min(rows * vocabulary, distillation.CHUNK)
         training += rows * vocabulary * (2 * size + 4 * live - 8) + 16 * chunk
     widest = rows * size * max(linear.out_features for linear in linears.values())
-    holes = model.choose_device(recipe.device).type == "cpu" and widest < heap.LARGEST
+    holes = device.type == "cpu" and widest < heap.LARGEST
     return pairs, training * (HEAP if holes else MAPPED)
 
 
