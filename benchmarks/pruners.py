@@ -79,14 +79,15 @@ def shares(work: Callable[[], Any], top: int) -> dict[str, float]:
 
 
 def products(pruner: SparseGPT, gram: Gram, rows: int) -> Callable[[], Any]:
-    """What SparseGPT cannot do without, on an inverse factor of its own: [in, in] twice, and `rows` x in behind each block."""
-    hessian = gram.total / gram.sequences
+    """What SparseGPT cannot do without, on an inverse factor of its own: [in, in] twice in float64, and `rows` x in behind each block."""
+    hessian = gram.symmetric() / gram.sequences
     hessian.diagonal().add_(pruner.damp * hessian.diagonal().mean())
     columns = torch.zeros(len(hessian), rows)
 
     def work() -> None:
-        upper = torch.eye(len(hessian)).t()
-        torch.linalg.solve_triangular(torch.linalg.cholesky(hessian).mT, upper, upper=True, out=upper)
+        exact = torch.eye(len(hessian), dtype=hessian.dtype).t()
+        torch.linalg.solve_triangular(torch.linalg.cholesky(hessian).mT, exact, upper=True, out=exact)
+        upper = exact.float()
         for start in range(0, len(hessian) - pruner.block, pruner.block):
             span, behind = slice(start, start + pruner.block), slice(start + pruner.block, None)
             columns[behind].addmm_(upper[span, behind].t(), columns[span], alpha=-1)

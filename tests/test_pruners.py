@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from losa import masks, registry
+from losa import data, masks, model, recipe, registry
 from losa.errors import LosaError
 from losa.patterns import NM, Amount
 from losa.pruners.base import Pruner, Statistic
@@ -481,6 +481,66 @@ def test_sparsegpt_factor_of_any_width(columns: int) -> None:
     want = np.linalg.cholesky(np.linalg.inv(hessian)).T
     assert not dead.any() and not upper.tril(-1).any()
     assert np.abs(array(upper) - want).max() < 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("products", [torch.float64, torch.float32])
+def test_gram_is_gathered_in_float64(products: torch.dtype) -> None:
+    """By panels and from two processes' tokens; with float32 products, as on a GPU, off by what these round."""
+    x = inputs(600, sequences=8, tokens=600).reshape(-1, 600)
+    grams = [Gram(600, "cpu"), Gram(600, "cpu")]
+    assert grams[0].products == torch.float64 and Gram(8, "meta").products == torch.float32
+    for gram, half in zip(grams, (x[:2100], x[2100:]), strict=True):
+        gram.products = products
+        gram.update(half.view(-1, 600), 4)
+    grams[0].merge(grams[1].tensors())
+    found, want = grams[0].symmetric(), x.double().T @ x.double()
+    scale = want.diagonal().sqrt()
+    assert ((found - want).abs() / scale / scale[:, None]).max() < (1e-14 if products == torch.float64 else 1e-6)
+    assert torch.equal(found, found.T) and grams[0].sequences == 8
+
+
+@pytest.fixture(scope="module")
+def built_in() -> dict[str, tuple[Tensor, Tensor]]:
+    """The linears of the built-in model's last block: weight, and inputs of 16 x 512 tokens held out of its training."""
+    whole = model.load("demo", recipe.load("demo", {"dtype": "float32"}))
+    tokenizer = model.load_tokenizer("demo", whole.config)
+    ids = torch.as_tensor(data.evaluation_tokens("demo:validation", tokenizer, 512, 16 * 512)).view(16, 512)
+    seen: dict[str, Tensor] = {}
+    linears = {name: one for name, one in whole.model.layers[-1].named_modules() if isinstance(one, nn.Linear)}
+    for name, one in linears.items():
+        one.register_forward_hook(lambda _one, given, _out, name=name: seen.update({name: given[0]}))
+    with torch.no_grad():
+        whole(ids)
+    return {name: (linears[name].weight.detach(), seen[name]) for name in linears}
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+@pytest.mark.parametrize("name", ["sparsegpt", "wanda"])
+def test_built_in_model_against_float64(name: str, sparsity: float, built_in: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Real weights and inputs, whose Hessian multiplies what is rounded a thousandfold, in every linear of a block."""
+    for linear, (weight, x) in built_in.items():
+        pruner = make(name)
+        pruned, mask = pruner.prune(weight, None, sparsity, gather(pruner, x))
+        flat, w, keep = array(x).reshape(-1, x.shape[-1]), array(weight).copy(), mask.numpy()
+        if name == "wanda":
+            scores = np.abs(w) * np.sqrt((flat**2).sum(axis=0) / len(x))
+            for row in range(len(w)):
+                count = masks.count_pruned(sparsity, w.shape[1])
+                assert_choice(keep[row], scores[row], np.ones_like(keep[row]), count, f"{linear}, row {row}")
+            assert torch.equal(pruned, weight * mask)
+            continue
+        hessian = flat.T @ flat * 2 / len(x)
+        hessian += 0.01 * np.trace(hessian) / len(hessian) * np.eye(len(hessian))
+        upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+        for j in range(w.shape[1]):
+            if j % 128 == 0:
+                span = slice(j, j + 128)
+                scores = (w[:, span] / np.diagonal(upper)[span]).ravel() ** 2
+                part, count = keep[:, span].ravel(), masks.count_pruned(sparsity, scores.size)
+                assert_choice(part, scores, np.ones_like(part), count, f"{linear}, column {j}")
+            error = np.where(keep[:, j], 0, w[:, j]) / upper[j, j]
+            w[:, j:] -= np.outer(error, upper[j, j:])
+        np.testing.assert_allclose(array(pruned), w * keep, rtol=1e-5, atol=1e-5, err_msg=linear)
 
 
 def test_sparsegpt_with_fewer_tokens_than_columns() -> None:

@@ -71,7 +71,8 @@ def _lowest_go(units: Tensor, within: Tensor | None, count: int) -> Tensor:
         keep = units > threshold
         if int(keep.count_nonzero()) < keep.numel() - count * len(units):  # some are tied with the threshold and stay
             tied = units == threshold
-            short = count - (units < threshold).sum(dim=1, keepdim=True)  # how many of the tied must go
+            # how many of the tied must go; int32, as beside int64 the running count would be copied
+            short = count - (units < threshold).sum(dim=1, keepdim=True, dtype=torch.int32)
             keep |= tied & (tied.cumsum(dim=1, dtype=torch.int32) > short)
     return keep if within is None else keep.logical_and_(within)
 

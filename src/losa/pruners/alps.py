@@ -1,6 +1,7 @@
 """ALPS: the support by ADMM, then the least-squares optimum on it (Meng et al., arXiv 2406.07831)."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from losa import masks
 from losa.errors import LosaError
 from losa.patterns import Amount
 from losa.pruners.base import Pruner, Statistic
-from losa.pruners.sparsegpt import Gram, damped, finite, invert_upper, spans
+from losa.pruners.sparsegpt import ATTEMPTS, Gram, finite, invert_upper, spans
 
 # Every so many iterations rho follows how much the support moved: (moved weights per kept weight above which, factor).
 EVERY = 3
@@ -82,12 +83,12 @@ class ALPS(Pruner):
 
     def _hessian(self, gram: Gram) -> tuple[Tensor, Tensor]:
         """The damped Gram matrix scaled to a unit diagonal, fp32 [in, in], and the root of that diagonal, [in]."""
-        total = gram.total / gram.sequences
+        total = gram.symmetric().div(gram.sequences).float()
         diagonal = total.diagonal()
         if not finite(total):
             raise LosaError("ALPS's calibration inputs hold NaN or infinity, or overflow in their squares")
         mean = diagonal.mean().item() or 1.0  # silent inputs: any weights do, and the large ones are kept
-        for added in damped(diagonal, self.damp * mean):  # noqa: B007  (said below)
+        for added in _damped(diagonal, self.damp * mean):  # noqa: B007  (said below)
             scale = diagonal.sqrt()
             hessian = total / scale / scale.unsqueeze(1)
             # not positive definite, as rounding may leave it, conjugate gradients would run away
@@ -130,7 +131,8 @@ class ALPS(Pruner):
             else:  # held too tightly to stir
                 rho *= SHRINK
                 if change:
-                    sparse, drift = dense * first, torch.zeros_like(dense)
+                    torch.mul(dense, first, out=sparse)
+                    drift.zero_()
             if rho < RHO_MIN or (iteration >= self.settle and change < self.tolerance):
                 break
             drift *= last / rho  # V stays
@@ -149,6 +151,16 @@ class ALPS(Pruner):
             size, last = residual.norm(dim=1), size
             direction.mul_((size / last.clamp(min=TINY)).square().unsqueeze(1)).add_(residual)
         return start
+
+
+def _damped(diagonal: Tensor, least: float) -> Iterator[float]:
+    """Adds `least` to `diagonal` in place, then ten times as much, and so on; yields how much is added by now."""
+    added = 0.0
+    for attempt in range(ATTEMPTS):
+        goal = least * 10**attempt
+        diagonal += goal - added
+        added = goal
+        yield added
 
 
 def _factor(hessian: Tensor, rho: float, factor: Tensor) -> None:

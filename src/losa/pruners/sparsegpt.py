@@ -1,6 +1,5 @@
 """SparseGPT: prune a column at a time and let later columns make up for it (Frantar, Alistarh, arXiv 2301.00774)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,18 +17,38 @@ LEAF = 128
 # Damping grows tenfold at each failed factorisation: from 0.01 to 100 times the mean diagonal, where nothing but a
 # broken Hessian fails.
 ATTEMPTS = 5
+# A Gram matrix is gathered by so many of its rows, from so many tokens, at once.
+PANEL, ROWS = 256, 2048
 
 
 class Gram(InputSum):
-    """total [in, in] fp32: sum over tokens of x x^T."""
+    """total [in, in] float64: sum over tokens of x x^T, of which only the upper triangle is gathered.
+
+    In float64 down to the products on a CPU: rounded to float32 they move scores by 2e-5, and then masks depend on how
+    tokens were split among processes. That half of them is never made pays for most of it. An accelerator may do float64 at a
+    sixty-fourth of its speed: there the products are float32, and their sums over ROWS tokens are added up in float64.
+    """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
-        super().__init__((in_features, in_features), torch.float32, device)
+        super().__init__((in_features, in_features), torch.float64, device)
+        self.products = torch.float64 if torch.device(device).type == "cpu" else torch.float32
 
     def update(self, x: Tensor, sequences: int) -> None:
-        x = x.detach().to(self.total.dtype)
-        self.total.addmm_(x.t(), x)
+        for rows in x.detach().split(ROWS):
+            rows = rows.to(self.products)
+            for panel in spans(0, len(self.total), PANEL):
+                into, left, right = self.total[panel, panel.start :], rows[:, panel].t(), rows[:, panel.start :]
+                if self.products == into.dtype:
+                    into.addmm_(left, right)
+                else:
+                    into += left @ right
         self.sequences += sequences
+
+    def symmetric(self) -> Tensor:
+        """`total`, its lower triangle filled from the upper."""
+        for panel in spans(0, len(self.total), PANEL):
+            self.total[panel.stop :, panel] = self.total[panel, panel.stop :].t()
+        return self.total
 
 
 @dataclass
@@ -46,7 +65,7 @@ class SparseGPT(Pruner):
     unit = "128 columns"
     needs_inputs = True
     changes_weights = True
-    copies = ((0.1, 3.25), (3.75, 0.7))
+    copies = ((0.1, 3.0), (3.75, 0.7))
 
     def __post_init__(self) -> None:
         if not isinstance(self.damp, float | int) or not self.damp > 0:
@@ -92,25 +111,34 @@ class SparseGPT(Pruner):
         return pruned, mask
 
     def _factor(self, gram: Gram) -> tuple[Tensor, Tensor]:
-        """U [in, in] fp32, upper, with U^T U the inverse of the damped Hessian; and the dead columns, bool [in]."""
-        hessian = gram.total * (2 / gram.sequences)
-        if not finite(hessian):
+        """U [in, in] fp32, upper, with U^T U the inverse of the damped Hessian; and the dead columns, bool [in].
+
+        In float64 up to there: what float32 rounds in a factorisation, the Hessian's condition multiplies.
+        """
+        total = gram.symmetric()
+        if not finite(total):
             raise LosaError("SparseGPT's calibration inputs hold NaN or infinity, or overflow in their squares")
-        diagonal = hessian.diagonal()
-        dead = diagonal == 0
-        diagonal[dead] = 1
-        mean = diagonal.mean().item()
-        for added in damped(diagonal, self.damp * mean):  # noqa: B007  (said below)
+        failed = torch.zeros((), dtype=torch.int32, device=total.device)
+        for attempt in range(ATTEMPTS):
             # H = R R^T with R upper is the Cholesky factorisation read from the other end; then U = R^-1. It is the
             # same U as the factor of an explicit inverse, from one factorisation, and with no inverse to round.
-            lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+            hessian = total.flip(0, 1).mul_(2 / gram.sequences)
+            diagonal = hessian.diagonal()
+            dead = diagonal == 0
+            diagonal[dead] = 1
+            damping = self.damp * 10**attempt * diagonal.mean()
+            diagonal += damping
+            # in place: the library works by columns, so that what it makes is the transpose of what `hessian` holds then
+            torch.linalg.cholesky_ex(hessian.mT, out=(hessian.mT, failed))
             if not int(failed):
-                upper = lower.flip(0, 1)
-                invert_upper(upper)
+                invert_upper(hessian)
+                upper = hessian.mT.float()
+                del hessian, diagonal
+                upper = upper.flip(0, 1)
                 if finite(upper):
-                    return upper, dead
+                    return upper, dead.flip(0)
         raise LosaError(
-            f"SparseGPT's Hessian does not factorise, even damped by {added:.3g}: take more calibration data or damp"
+            f"SparseGPT's Hessian does not factorise, even damped by {damping:.3g}: take more calibration data or damp"
         )
 
 
@@ -125,16 +153,6 @@ def invert_upper(upper: Tensor) -> None:
     invert_upper(first)
     invert_upper(last)
     corner.addmm_(first, corner @ last, beta=0, alpha=-1)
-
-
-def damped(diagonal: Tensor, least: float) -> Iterator[float]:
-    """Adds `least` to `diagonal` in place, then ten times as much, and so on; yields how much is added by now."""
-    added = 0.0
-    for attempt in range(ATTEMPTS):
-        goal = least * 10**attempt
-        diagonal += goal - added
-        added = goal
-        yield added
 
 
 def spans(start: int, stop: int, width: int) -> list[slice]:
