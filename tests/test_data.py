@@ -175,7 +175,7 @@ def test_running_text_is_packed(
 ) -> None:
     texts = documents(20, 200)
     content = texts if name == "a.json" else "\n".join(t["text"] for t in texts)
-    examples = data.training_examples(write(name, content), tokenizer, 15, length, seed=0, loss_on="answer")
+    examples = data.training_examples(write(name, content), tokenizer, 15, length, seed=0)
     assert len(examples) == 15 and all(torch.equal(e.input_ids, e.labels) for e in examples)
     assert {len(e.input_ids) for e in examples} == ({length} if packed else {201})
     windows = [text_of(tokenizer, e.input_ids) for e in examples]
@@ -220,11 +220,18 @@ def test_end_token_stands_once_where_the_tokenizer_adds_it(write: Callable[..., 
     assert text_of(tokenizer, data.evaluation_tokens(write("a.txt", "text"), tokenizer)) == f"{BOS}text"
 
 
-def test_packing_refuses_to_lose_the_prompt(write: Callable[..., str], tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write("a.json", [{"text": "x" * 100}] * 500 + [INSTRUCTION])
-    seed = next(s for s in range(99) if not any(r.prompt for r in [*data._shuffled(path, "train", tokenizer, s)][:64]))
-    with pytest.raises(LosaError, match="mixes running text and rows with prompts"):
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "mixed.json"])
+def test_text_has_no_answers(write: Callable[..., str], tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Running text or rows, and running text with some rows of prompts, which packing would lose."""
+    rows = [{"text": "x" * (100 if name == "mixed.json" else 20)}] * 500 + [INSTRUCTION] * (name == "mixed.json")
+    path, seed = write(name, "x" * 5000 if name == "a.txt" else rows), 0
+    if name == "mixed.json":
+        seed = next(
+            s for s in range(99) if not any(r.prompt for r in [*data._shuffled(path, "train", tokenizer, s)][:64])
+        )
+    with pytest.raises(LosaError, match="text without answers: set loss_on to all"):
         data.training_examples(path, tokenizer, 10, 50, seed, loss_on="answer")
+    assert len(data.training_examples(path, tokenizer, 10, 50, seed)) == 10
 
 
 def test_collate_pads_on_the_right() -> None:

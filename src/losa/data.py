@@ -81,19 +81,22 @@ def training_examples(
 
     A row is an example: its text and the end token, or as much as fits; rows without any label within `length` are
     passed over. Running text (the demo, C4, WikiText-2, .txt, rows of `text` of which half or more are longer than
-    `length`) is packed instead, and every example has exactly `length` tokens. Raises LosaError if there are too few.
+    `length`) is packed instead, and every example has exactly `length` tokens. Raises LosaError if there are too few, and
+    for a loss over answers of text that has none.
     """
     most = samples or MOST_ROWS
     rng, end = random.Random(seed), _end(tokenizer)
     rows = _shuffled(source, "train", tokenizer, seed)
     encoded = _encode_rows(rows, tokenizer, prompts=loss_on == "answer")
     head = list(islice(encoded, 64))
+    if head and loss_on == "answer" and not any(text.has_prompt for text in head):
+        raise LosaError(
+            f"{source!r} has text without answers: set loss_on to all, or give rows of instruction and output or of messages"
+        )
     if head and _is_running_text(source, head, length):
         pool: list[Tensor] = []
         pooled, enough = 0, max(most * length + 1, POOL_TOKENS)
         for text in chain(head, encoded):
-            if text.has_prompt and loss_on == "answer":
-                raise LosaError(f"{source!r} mixes running text and rows with prompts: no loss over the answers only")
             pool.append(torch.tensor([*text.ids, end], dtype=torch.int32))
             pooled += len(text.ids) + 1
             if pooled >= enough:
