@@ -79,8 +79,8 @@ def training_examples(
 ) -> list[Example]:
     """`samples` examples of at most `length` tokens, in seeded order, none twice; None: all there are, MOST_ROWS at most.
 
-    A row is an example: its text and the end token, or as much as fits; rows without any label within `length` are
-    passed over. Running text (the demo, C4, WikiText-2, .txt, rows of `text` of which half or more are longer than
+    A row is an example: its text and the end token, or as much as fits; rows without any label within `length` (for a loss
+    over answers also those without a prompt) are passed over. Running text (the demo, C4, WikiText-2, .txt, rows of `text` of which half or more are longer than
     `length`) is packed instead, and every example has exactly `length` tokens. Raises LosaError if there are too few, and
     for a loss over answers of text that has none.
     """
@@ -91,7 +91,8 @@ def training_examples(
     head = list(islice(encoded, 64))
     if head and loss_on == "answer" and not any(text.has_prompt for text in head):
         raise LosaError(
-            f"{source!r} has text without answers: set loss_on to all, or give rows of instruction and output or of messages"
+            f"{source!r} has text without answers, as far as {len(head)} rows tell: set loss_on to all, or give rows of "
+            "instruction and output or of messages"
         )
     if head and _is_running_text(source, head, length):
         pool: list[Tensor] = []
@@ -114,7 +115,7 @@ def training_examples(
         # no end token where the text is cut: it does not end there
         ids = torch.tensor([*text.ids, end][:length])
         labels = ids.clone()
-        labels[: text.prompt] = IGNORED
+        labels[: text.prompt if text.has_prompt or loss_on == "all" else None] = IGNORED
         if (labels[1:] == IGNORED).all():  # the first token is never predicted
             passed_over += 1
             continue

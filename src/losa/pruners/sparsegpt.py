@@ -26,12 +26,14 @@ class Gram(InputSum):
 
     In float64 down to the products on a CPU: rounded to float32 they move scores by 2e-5, and then masks depend on how
     tokens were split among processes. That half of them is never made pays for most of it. An accelerator may do float64 at a
-    sixty-fourth of its speed: there the products are float32, and their sums over ROWS tokens are added up in float64.
+    sixty-fourth of its speed: there the products are float32, and their sums over ROWS tokens are added up in float64
+    (in float32 on Apple's GPUs, which have no other).
     """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
-        super().__init__((in_features, in_features), torch.float64, device)
-        self.products = torch.float64 if torch.device(device).type == "cpu" else torch.float32
+        kind = torch.device(device).type
+        super().__init__((in_features, in_features), torch.float32 if kind == "mps" else torch.float64, device)
+        self.products = torch.float64 if kind == "cpu" else torch.float32
 
     def update(self, x: Tensor, sequences: int) -> None:
         for rows in x.detach().split(ROWS):
@@ -45,7 +47,7 @@ class Gram(InputSum):
         self.sequences += sequences
 
     def symmetric(self) -> Tensor:
-        """`total`, its lower triangle filled from the upper."""
+        """`total`, what lies below its PANEL-wide diagonal blocks filled from above them."""
         for panel in spans(0, len(self.total), PANEL):
             self.total[panel.stop :, panel] = self.total[panel, panel.stop :].t()
         return self.total
@@ -116,7 +118,8 @@ class SparseGPT(Pruner):
         In float64 up to there: what float32 rounds in a factorisation, the Hessian's condition multiplies.
         """
         total = gram.symmetric()
-        if not finite(total):
+        # the scores, which grow with the diagonal, are float32
+        if not finite(total) or float(total.diagonal().amax()) > torch.finfo(torch.float32).max:
             raise LosaError("SparseGPT's calibration inputs hold NaN or infinity, or overflow in their squares")
         failed = torch.zeros((), dtype=torch.int32, device=total.device)
         for attempt in range(ATTEMPTS):
@@ -133,10 +136,9 @@ class SparseGPT(Pruner):
             if not int(failed):
                 invert_upper(hessian)
                 upper = hessian.mT.float()
-                del hessian, diagonal
-                upper = upper.flip(0, 1)
-                if finite(upper):
-                    return upper, dead.flip(0)
+            del hessian, diagonal  # before another is made
+            if not int(failed) and finite(upper):
+                return upper.flip(0, 1), dead.flip(0)
         raise LosaError(
             f"SparseGPT's Hessian does not factorise, even damped by {damping:.3g}: take more calibration data or damp"
         )
