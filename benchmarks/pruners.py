@@ -79,7 +79,8 @@ def shares(work: Callable[[], Any], top: int) -> dict[str, float]:
 
 
 def products(pruner: SparseGPT, gram: Gram, rows: int) -> Callable[[], Any]:
-    """What SparseGPT cannot do without, on an inverse factor of its own: [in, in] twice in float64, and `rows` x in behind each block."""
+    """What SparseGPT cannot do without, on an inverse factor of its own: [in, in] twice in float64, and `rows` x in
+    behind each block, in float32."""
     hessian = gram.symmetric() / gram.sequences
     hessian.diagonal().add_(pruner.damp * hessian.diagonal().mean())
     columns = torch.zeros(len(hessian), rows)

@@ -79,10 +79,10 @@ def training_examples(
 ) -> list[Example]:
     """`samples` examples of at most `length` tokens, in seeded order, none twice; None: all there are, MOST_ROWS at most.
 
-    A row is an example: its text and the end token, or as much as fits; rows without any label within `length` (for a loss
-    over answers also those without a prompt) are passed over. Running text (the demo, C4, WikiText-2, .txt, rows of `text` of which half or more are longer than
-    `length`) is packed instead, and every example has exactly `length` tokens. Raises LosaError if there are too few, and
-    for a loss over answers of text that has none.
+    A row is an example: its text and the end token, or as much as fits; rows without any label within `length`, and for
+    a loss over answers those without a prompt, are passed over. Running text (the demo, C4, WikiText-2, .txt, rows of
+    `text` of which half or more are longer than `length`) is packed instead, and every example has exactly `length`
+    tokens. Raises LosaError if there are too few, and for a loss over answers of text that has none.
     """
     most = samples or MOST_ROWS
     rng, end = random.Random(seed), _end(tokenizer)
@@ -115,8 +115,9 @@ def training_examples(
         # no end token where the text is cut: it does not end there
         ids = torch.tensor([*text.ids, end][:length])
         labels = ids.clone()
-        labels[: text.prompt if text.has_prompt or loss_on == "all" else None] = IGNORED
-        if (labels[1:] == IGNORED).all():  # the first token is never predicted
+        labels[: text.prompt] = IGNORED
+        unanswered = loss_on == "answer" and not text.has_prompt
+        if unanswered or (labels[1:] == IGNORED).all():  # the first token is never predicted
             passed_over += 1
             continue
         examples.append(Example(ids, labels))

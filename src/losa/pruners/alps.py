@@ -1,7 +1,6 @@
 """ALPS: the support by ADMM, then the least-squares optimum on it (Meng et al., arXiv 2406.07831)."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,14 +87,17 @@ class ALPS(Pruner):
         if not finite(total):
             raise LosaError("ALPS's calibration inputs hold NaN or infinity, or overflow in their squares")
         mean = diagonal.mean().item() or 1.0  # silent inputs: any weights do, and the large ones are kept
-        for added in _damped(diagonal, self.damp * mean):  # noqa: B007  (said below)
+        undamped = diagonal.clone()
+        for attempt in range(ATTEMPTS):
+            damping = self.damp * 10**attempt * mean
+            torch.add(undamped, damping, out=diagonal)
             scale = diagonal.sqrt()
             hessian = total / scale / scale.unsqueeze(1)
             # not positive definite, as rounding may leave it, conjugate gradients would run away
             if not int(torch.linalg.cholesky_ex(hessian).info):
                 return hessian, scale
         raise LosaError(
-            f"ALPS's Hessian does not factorise, even damped by {added:.3g}: take more calibration data or damp"
+            f"ALPS's Hessian does not factorise, even damped by {damping:.3g}: take more calibration data or damp"
         )
 
     def _support(
@@ -151,16 +153,6 @@ class ALPS(Pruner):
             size, last = residual.norm(dim=1), size
             direction.mul_((size / last.clamp(min=TINY)).square().unsqueeze(1)).add_(residual)
         return start
-
-
-def _damped(diagonal: Tensor, least: float) -> Iterator[float]:
-    """Adds `least` to `diagonal` in place, then ten times as much, and so on; yields how much is added by now."""
-    added = 0.0
-    for attempt in range(ATTEMPTS):
-        goal = least * 10**attempt
-        diagonal += goal - added
-        added = goal
-        yield added
 
 
 def _factor(hessian: Tensor, rho: float, factor: Tensor) -> None:
