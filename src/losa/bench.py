@@ -181,7 +181,7 @@ def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: in
         return calls
 
     out, columns = packs[0].out_features, packs[0].in_features
-    calls = [partial(chosen.multiply, x, p) for p in packs]
+    calls = _products(chosen, x, packs)
     # int8 in fixed point, and what is rounded to bfloat16, is not exact in floats
     exact = x.dtype == torch.float32 and packs[0].values.dtype != torch.int8
     precision = torch.float32 if exact else torch.bfloat16
@@ -199,10 +199,17 @@ def _opponents(packs: list[Packed], x: Tensor, chosen: kernels.Kernel, total: in
     found["torch_fp32"] = Opponent(agreed, out * columns * 4, cycle(range(len(single))))
     if len(x) == 1 and (symbol := best_dense()):
         padded = _paged([F.pad(w, (0, -columns % 64)) for w in dense]) if columns % 64 else dense
-        calls = [partial(dense_product, symbol, x, w) for w in padded]
+        calls = [dense_product(symbol, x, w) for w in padded]
         agreed = agree("the native dense product", calls, torch.bfloat16)
         found[f"{symbol}_dense_bf16"] = Opponent(agreed, padded[0].numel() * 2, dense_places)
     return found | _reading(packs, places)
+
+
+def _products(chosen: kernels.Kernel, x: Tensor, packs: list[Packed]) -> Sequence[Callable[[], Tensor]]:
+    """Native ones with their arguments made beforehand, as decoding has them; so has the dense opponent."""
+    if isinstance(chosen, cpu.Native) and len(x) <= chosen.at_once(x.dtype):
+        return [chosen.prepared(x, p) for p in packs]
+    return [partial(chosen.multiply, x, p) for p in packs]
 
 
 def best_dense() -> str | None:
@@ -216,13 +223,20 @@ def best_dense() -> str | None:
     return next(s for s in DENSE if has.issuperset(needs[s]) and hasattr(library, f"losa_dense_{s}"))
 
 
-def dense_product(symbol: str, x: Tensor, weight: Tensor) -> Tensor:
-    """float32 [1, out] = x [1, in] W^T in native code; weight bf16 [out, in padded to a multiple of 64], contiguous."""
+def dense_product(symbol: str, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """What makes float32 [1, out] = x [1, in] W^T in native code; weight bf16 [out, in padded to a multiple of 64], contiguous."""
     out, columns = weight.shape
     factor = F.pad(x, (0, columns - x.shape[1])).float()
     y = torch.empty(1, out)
-    call = cpu.function(f"losa_dense_{symbol}")
-    call(weight.data_ptr(), factor.data_ptr(), y.data_ptr(), out, columns, torch.get_num_threads())
+    numbers = (out, columns, torch.get_num_threads())
+    dense = cpu.function(f"losa_dense_{symbol}")
+    return partial(_dense, dense, weight.data_ptr(), factor.data_ptr(), y, numbers, weight, factor)
+
+
+def _dense(
+    dense: Callable[..., int], weight: int, factor: int, y: Tensor, numbers: tuple[int, ...], *_addressed: Tensor
+) -> Tensor:
+    dense(weight, factor, y.data_ptr(), *numbers)
     return y
 
 

@@ -80,15 +80,25 @@ class Native:
             bias = bias.float()
         x = x.contiguous()
         rows = x.numel() // packed.in_features
-        if rows > (BF16_ROWS if self.bf16_tiles and x.dtype == torch.bfloat16 else ROWS):
+        if rows > self.at_once(x.dtype):
             y = self._many(x.view(rows, packed.in_features), packed, bias)
             return y.view(*x.shape[:-1], packed.out_features)
-        return self._few(x, rows, packed, bias)
+        return self.prepared(x, packed, bias)()
 
-    def _few(self, x: Tensor, rows: int, packed: Packed, bias: Tensor | None) -> Tensor:
+    def at_once(self, dtype: torch.dtype) -> int:
+        """Up to how many rows of x are multiplied in one pass over the weights."""
+        return BF16_ROWS if self.bf16_tiles and dtype == torch.bfloat16 else ROWS
+
+    def prepared(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Callable[[], Tensor]:
+        """That product, of rows `at_once`, with its arguments made beforehand, as decoding has them: it writes one y.
+
+        x contiguous, float32 or bfloat16; bias float32 or bfloat16. Right after a large product, whose weights have
+        driven all else from the processor's caches, making them takes 75 us.
+        """
         y = torch.empty((*x.shape[:-1], packed.out_features), dtype=x.dtype)
+        rows = x.numel() // packed.in_features
         if not rows:
-            return y
+            return lambda: y
         call = Call(
             matrix(packed),
             x.data_ptr(),
@@ -99,8 +109,8 @@ class Native:
             0 if bias is None else TYPES[bias.dtype],
             torch.get_num_threads(),
         )
-        _done(function(f"losa_multiply_{self.symbol}")(ctypes.byref(call)))
-        return y
+        multiply = function(f"losa_multiply_{self.symbol}")
+        return functools.partial(_product, multiply, ctypes.byref(call), y, x, packed, bias)
 
     def _many(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         dtype = torch.float32
@@ -201,6 +211,11 @@ def matrix(packed: Packed) -> Matrix:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _product(multiply: Callable[..., int], call: Any, y: Tensor, *_addressed: object) -> Tensor:
+    _done(multiply(call))
+    return y
 
 
 def _done(code: int) -> None:
