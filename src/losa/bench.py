@@ -228,16 +228,9 @@ def dense_product(symbol: str, x: Tensor, weight: Tensor) -> Callable[[], Tensor
     out, columns = weight.shape
     factor = F.pad(x, (0, columns - x.shape[1])).float()
     y = torch.empty(1, out)
-    numbers = (out, columns, torch.get_num_threads())
-    dense = cpu.function(f"losa_dense_{symbol}")
-    return partial(_dense, dense, weight.data_ptr(), factor.data_ptr(), y, numbers, weight, factor)
-
-
-def _dense(
-    dense: Callable[..., int], weight: int, factor: int, y: Tensor, numbers: tuple[int, ...], *_addressed: Tensor
-) -> Tensor:
-    dense(weight, factor, y.data_ptr(), *numbers)
-    return y
+    addresses = (weight.data_ptr(), factor.data_ptr(), y.data_ptr())
+    multiply = partial(cpu.function(f"losa_dense_{symbol}"), *addresses, out, columns, torch.get_num_threads())
+    return partial(cpu.product, multiply, y, weight, factor)
 
 
 def _reading(packs: list[Packed], places: Iterator[int]) -> dict[str, Opponent]:

@@ -109,8 +109,8 @@ class Native:
             0 if bias is None else TYPES[bias.dtype],
             torch.get_num_threads(),
         )
-        multiply = function(f"losa_multiply_{self.symbol}")
-        return functools.partial(_product, multiply, ctypes.byref(call), y, x, packed, bias)
+        multiply = functools.partial(function(f"losa_multiply_{self.symbol}"), ctypes.byref(call))
+        return functools.partial(product, multiply, y, x, packed, bias)
 
     def _many(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         dtype = torch.float32
@@ -213,8 +213,9 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _product(multiply: Callable[..., int], call: Any, y: Tensor, *_addressed: object) -> Tensor:
-    _done(multiply(call))
+def product(multiply: Callable[[], int], y: Tensor, *_addressed: object) -> Tensor:
+    """y, once `multiply` has filled it; of what else it has the addresses is held as long as this can be called."""
+    _done(multiply())
     return y
 
 
