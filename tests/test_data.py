@@ -236,14 +236,16 @@ def test_text_has_no_answers(write: Callable[..., str], tokenizer: PreTrainedTok
     assert len(data.training_examples(path, tokenizer, 10, 50, seed)) == 10
 
 
-def test_collate_pads_on_the_right() -> None:
+@pytest.mark.parametrize(("most", "width"), [(3, 3), (5, 5), (16, 16), (100, 16)])
+def test_collate_pads_on_the_right(most: int, width: int) -> None:
     long = Example(torch.tensor([5, 6, 7]), torch.tensor([IGNORED, 6, 7]))
     short = Example(torch.tensor([8, 9]), torch.tensor([8, 9]))
-    batch = data.collate([long, short], pad_id=1)
+    batch = data.collate([long, short], 1, most)
+    more = width - 3
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[5, 6, 7], [8, 9, 1]],
-        "attention_mask": [[1, 1, 1], [1, 1, 0]],
-        "labels": [[IGNORED, 6, 7], [8, 9, IGNORED]],
+        "input_ids": [[5, 6, 7] + [1] * more, [8, 9, 1] + [1] * more],
+        "attention_mask": [[1, 1, 1] + [0] * more, [1, 1, 0] + [0] * more],
+        "labels": [[IGNORED, 6, 7] + [IGNORED] * more, [8, 9, IGNORED] + [IGNORED] * more],
     }
 
 

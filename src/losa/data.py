@@ -2,12 +2,13 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from losa.errors import LosaError
 from losa.recipe import MOST_ROWS
@@ -21,6 +22,9 @@ SHUFFLED_CHARACTERS = 200_000_000  # text held to be shuffled: all of most sourc
 STREAMED_CHARACTERS = 20_000_000  # ... and less of one that is downloaded as it is read
 POOL_TOKENS = 8_000_000  # tokens among which windows are drawn at most, if fewer are needed
 BATCH_CHARACTERS = 1_000_000  # text tokenized at once
+# Batches of recovery are as long as a multiple of it. On a CPU torch keeps the code of a bf16 product for each number of
+# rows it has met, 12 MB of them for a Llama's block, which lies in the way of all that comes later (docs/log.md).
+LENGTHS = 16
 
 
 class Example(NamedTuple):
@@ -130,13 +134,21 @@ def training_examples(
     raise LosaError(f"{source!r} has {len(examples)} rows to train on{note}, {asked}")
 
 
-def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
-    """A batch, padded on the right: input_ids, attention_mask (1: a token) and labels, int64 [examples, longest]."""
-    pad = torch.nn.utils.rnn.pad_sequence
+def collate(examples: list[Example], pad_id: int, most: int) -> dict[str, Tensor]:
+    """A batch, padded on the right: input_ids, attention_mask (1: a token) and labels, int64 [examples, tokens].
+
+    Padded to a multiple of LENGTHS, but to no more than `most` for that.
+    """
+    longest = max(len(e.input_ids) for e in examples)
+    width = max(longest, min(most, -(-longest // LENGTHS) * LENGTHS))
+
+    def padded(rows: Iterable[Tensor], value: int) -> Tensor:
+        return torch.stack([F.pad(row, (0, width - len(row)), value=value) for row in rows])
+
     return {
-        "input_ids": pad([e.input_ids for e in examples], batch_first=True, padding_value=pad_id),
-        "attention_mask": pad([torch.ones_like(e.input_ids) for e in examples], batch_first=True),
-        "labels": pad([e.labels for e in examples], batch_first=True, padding_value=IGNORED),
+        "input_ids": padded((e.input_ids for e in examples), pad_id),
+        "attention_mask": padded((torch.ones_like(e.input_ids) for e in examples), 0),
+        "labels": padded((e.labels for e in examples), IGNORED),
     }
 
 

@@ -187,7 +187,7 @@ def cached(live: Live, examples: list[data.Example], pad_id: int, recipe: Recipe
         }
         lengths = []
         for row in rows[own.start : own.stop]:
-            inputs = {k: v.to(device) for k, v in data.collate([examples[row]], pad_id).items()}
+            inputs = {k: v.to(device) for k, v in data.collate([examples[row]], pad_id, recipe.train_length).items()}
             said = shortened(live.predict([row], inputs), top)
             assert said.ids is not None and said.rest is not None
             lengths.append(len(said.rest))

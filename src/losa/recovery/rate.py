@@ -113,7 +113,9 @@ def _trained(linear: MaskedLinear, recovery: Recovery) -> dict[str, torch.Tensor
 def held_out_loss(subject: Subject, examples: list[data.Example], recipe: Recipe) -> float:
     """The mean next-token loss over all labels of `examples`. Several processes share the batches."""
     size = recipe.micro_batch_size
-    batches = [data.collate(examples[i : i + size], subject.pad_id) for i in range(0, len(examples), size)]
+    batches = [
+        data.collate(examples[i : i + size], subject.pad_id, recipe.train_length) for i in range(0, len(examples), size)
+    ]
     labels = sum(int((batch["labels"][:, 1:] != data.IGNORED).sum()) for batch in batches)
     total = torch.zeros(1, dtype=torch.float64)
     with sharding.spread(subject, recipe) as whole:
