@@ -18,17 +18,22 @@ extern "C" const char *losa_features(void);
     extern "C" int losa_multiply_##name(const Call *);                                                             \
     extern "C" int losa_expand_##name(const Matrix *, int64_t, int64_t, void *, int64_t, int32_t);                 \
     DECLARE_DECODER(name)
+#define DECLARE_PAIR(name)                                                                                         \
+    extern "C" void losa_effective_##name(const Pair *);                                                           \
+    extern "C" void losa_gradients_##name(const Pair *);
 #define DECLARE_DECODER(name)                                                                                      \
     extern "C" int losa_decode_##name(void *);                                                                     \
     extern "C" int losa_form_##name(const Matrix *);
 extern "C" void losa_sums(const Matrix *, int16_t *, int32_t);
 #ifdef LOSA_FUZZ_EMULATED
 DECLARE(avx512)
+DECLARE_PAIR(avx512)
 extern "C" int losa_multiply_avx512_bf16(const Call *);
 extern "C" int losa_expand_avx512_bf16(const Matrix *, int64_t, int64_t, void *, int64_t, int32_t);
 DECLARE_DECODER(avx512_bf16)
 #else
 DECLARE(avx2)
+DECLARE_PAIR(avx2)
 #endif
 
 namespace {
@@ -416,6 +421,53 @@ void steps(const Kernel &kernel, uint64_t seed) {
     if (logits.now() != before) fail(kernel.name, seed, "all steps at once are not what they are one by one");
 }
 
+// The masked low-rank linear's weight and gradients.
+void pairs(const char *name, void (*effective)(const Pair *), void (*gradients)(const Pair *), uint64_t seed) {
+    engine.seed(seed);
+    const int64_t out = between(0, 3) ? between(1, 12) : between(1, 150), in = between(0, 3) ? between(1, 70) : between(1, 1100);
+    const int64_t rank = between(1, 9), stride = rank + between(0, 2), bytes = (in + 7) / 8;
+    const Parameters weight(out * in, 2, either()), a(rank * in, 2, F32), b((out - 1) * stride + rank, 2, F32);
+    const Exact mask((size_t)(out * bytes));
+    for (int64_t i = 0; i < out * bytes; i++) {
+        const int64_t columns = in - i % bytes * 8;  // spare bits are 0
+        ((uint8_t *)mask.data)[i] = (uint8_t)(between(0, 255) & (columns < 8 ? (1 << columns) - 1 : 255));
+    }
+    Pair p = {};
+    p.weight = weight.room.data, p.mask = (uint8_t *)mask.data, p.a = (float *)a.room.data, p.b = (float *)b.room.data;
+    p.out = out, p.in = in, p.rank = rank, p.b_stride = stride, p.piece = between(1, 80), p.scaling = 1.5f;
+    p.type = weight.type, p.effective_type = either(), p.threads = (int32_t)between(1, 3);
+    const int64_t pieces = (out + p.piece - 1) / p.piece;
+    const Exact made((size_t)(out * in) * (p.effective_type == F32 ? 4 : 2)), da((size_t)(pieces * rank * in) * 4), db((size_t)(out * rank) * 4);
+    p.effective = made.data, p.da = (float *)da.data, p.db = (float *)db.data;
+    effective(&p), gradients(&p);
+
+    std::vector<double> want_a((size_t)(rank * in)), want_b((size_t)(out * rank));
+    for (int64_t i = 0; i < out; i++) {
+        for (int64_t j = 0; j < in; j++) {
+            double want = 0;
+            if (((uint8_t *)mask.data)[i * bytes + j / 8] >> j % 8 & 1) {
+                const double g = weight[i * in + j];
+                want = g;
+                for (int64_t r = 0; r < rank; r++) {
+                    want += 1.5 * b[i * stride + r] * a[r * in + j];
+                    want_a[(size_t)(r * in + j)] += 1.5 * b[i * stride + r] * g;
+                    want_b[(size_t)(i * rank + r)] += 1.5 * a[r * in + j] * g;
+                }
+            }
+            const double got = read_float(made.data, p.effective_type, i * in + j);
+            if (!(std::fabs(got - want) <= (p.effective_type == F32 ? 1e-4 : 1e-4 + std::fabs(want) / 256)))
+                fail(name, seed, "effective weight " + std::to_string(got) + ", not " + std::to_string(want));
+        }
+    }
+    for (int64_t k = 0; k < rank * in; k++) {
+        double got = 0;
+        for (int64_t piece = 0; piece < pieces; piece++) got += p.da[piece * rank * in + k];
+        if (!(std::fabs(got - want_a[(size_t)k]) <= 1e-3)) fail(name, seed, "a gradient of A");
+    }
+    for (int64_t k = 0; k < out * rank; k++)
+        if (!(std::fabs(p.db[k] - want_b[(size_t)k]) <= 1e-2)) fail(name, seed, "a gradient of B");
+}
+
 }  // namespace
 
 int main(int count, char **arguments) {
@@ -436,9 +488,14 @@ int main(int count, char **arguments) {
     int64_t done = 0;
     do {
         for (const Kernel &kernel : kernels) one(kernel, seed), steps(kernel, seed);
+#ifdef LOSA_FUZZ_EMULATED
+        pairs("avx512", losa_effective_avx512, losa_gradients_avx512, seed);
+#else
+        if (kernels.size() > 1) pairs("avx2", losa_effective_avx2, losa_gradients_avx2, seed);
+#endif
         seed++, done++;
     } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds);
     for (const Kernel &kernel : kernels) printf("%s ", kernel.name);
-    printf("passed on %lld random products and blocks; the next seed is %llu\n", (long long)done, (unsigned long long)seed);
+    printf("passed on %lld random products, blocks and pairs; the next seed is %llu\n", (long long)done, (unsigned long long)seed);
     return 0;
 }

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from losa import adapters
 from losa.adapters import LowRankLinear, MaskedLinear
 from losa.errors import LosaError
+from losa.sparse import pair
 
 SCALING = 2.0
 
@@ -92,23 +93,36 @@ def assert_near(got: tuple[Tensor, ...], want: tuple[Tensor, ...], relative: flo
     bias=st.booleans(),
     block=st.sampled_from([1, 64, 1 << 22]),
     masked=st.booleans(),
+    native=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_outputs_and_gradients_are_those_of_the_formula(
-    out: int, columns: int, rank: int, lead: tuple[int, ...], bias: bool, block: int, masked: bool, seed: int
+    out: int,
+    columns: int,
+    rank: int,
+    lead: tuple[int, ...],
+    bias: bool,
+    block: int,
+    masked: bool,
+    native: bool,
+    seed: int,
 ) -> None:
     layer = make(out, columns, rank, bias=bias, kind=MaskedLinear if masked else LowRankLinear, seed=seed)
     x, dy = draw(*lead, columns, seed=seed + 1), draw(*lead, out, seed=seed + 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapters, "BLOCK", block)
+        if not native:
+            patch.setattr(pair, "best", lambda: None)
         got = step(layer, x, dy)
     assert_near(got, oracle(layer, x, dy, masked), 1e-6, oracle(layer, x, dy, masked, magnitudes=True))
 
 
-@pytest.mark.parametrize("block", [100, 1 << 22])
-def test_bf16_is_near_fp32(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters, "BLOCK", block)
+@pytest.mark.parametrize("block", [100, 1 << 22, None])
+def test_bf16_is_near_fp32(block: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if block:  # by torch
+        monkeypatch.setattr(adapters, "BLOCK", block)
+        monkeypatch.setattr(pair, "best", lambda: None)
     layer = make(64, 77, dtype=torch.bfloat16)
     assert layer.lora_A is not None and layer.lora_A.dtype == torch.float32
     x, dy = draw(50, 77, dtype=torch.bfloat16), draw(50, 64, seed=2, dtype=torch.bfloat16)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from losa import fused, masks
 from losa.errors import LosaError
+from losa.sparse import pair
 
 # Rows are handled in blocks of at most this many weights, so that temporaries (in fp32: 24 MiB) do not grow with the layer.
 # Measured on 5632 x 2048: larger is slower (glibc maps temporaries of 32 MiB and more afresh each time), smaller is no
@@ -31,8 +32,10 @@ def effective_weight(weight: Tensor, bits: Tensor, a: Tensor, b: Tensor, scaling
     """M * (W + s B A) as a new tensor [out, in] of `dtype`: computed in fp32 or wider, rounded once.
 
     weight [out, in], bits uint8 [out, ceil(in / 8)] (masks.pack), a [r, in], b [out, r]. Masked entries are zero, of
-    either sign. Multiplying by the mask is three times as fast as filling by it.
+    either sign. On a CPU by native code, where there is some. Multiplying by the mask is three times as fast as filling by it.
     """
+    if (made := pair.effective_weight(weight, bits, a, b, scaling, dtype)) is not None:
+        return made
     wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
     out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
@@ -83,7 +86,9 @@ class _MaskedLowRank(torch.autograd.Function):
 
 
 def _contract(gradient: Tensor, bits: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """dA = s B^T (M * G) and dB = s (M * G) A^T from the dense gradient G [out, in], which it overwrites."""
+    """dA = s B^T (M * G) and dB = s (M * G) A^T from the dense gradient G [out, in], which it may overwrite."""
+    if (made := pair.gradients(gradient, bits, a, b, scaling)) is not None:
+        return made
     wide = torch.promote_types(torch.promote_types(gradient.dtype, a.dtype), torch.float32)
     left, right = b.to(wide).t(), a.to(wide).t()
     da, db = torch.zeros_like(a, dtype=wide), torch.empty(b.shape, dtype=wide, device=b.device)

@@ -68,6 +68,7 @@ inline void _mm512_storeu_si512(void *p, __m512i v) { memcpy(p, v.byte, 64); }
 inline void _mm256_storeu_si256(__m256i *p, __m256i v) { memcpy(p, v.byte, 32); }
 
 inline __m512 _mm512_castsi512_ps(__m512i v) { return load<__m512>(v.byte); }
+inline __m512i _mm512_castps_si512(__m512 v) { return load<__m512i>(v.byte); }
 inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     return each<float, __m512>([&](int i) { return fmaf(lane<float>(a, i), lane<float>(b, i), lane<float>(c, i)); });
 }
@@ -95,6 +96,23 @@ inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
 }
 inline __m512i _mm512_slli_epi32(__m512i a, unsigned n) {
     return each<uint32_t, __m512i>([&](int i) { return lane<uint32_t>(a, i) << n; });
+}
+inline __m512i _mm512_srli_epi32(__m512i a, unsigned n) {
+    return each<uint32_t, __m512i>([&](int i) { return lane<uint32_t>(a, i) >> n; });
+}
+inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
+    return each<uint16_t, __m256i>([&](int i) { return lane<uint32_t>(a, i); });
+}
+inline __mmask16 _mm512_cmpord_ps_mask(__m512 a, __m512 b) {
+    unsigned mask = 0;
+    for (int i = 0; i < 16; i++) mask |= (unsigned)!(isnan(lane<float>(a, i)) || isnan(lane<float>(b, i))) << i;
+    return (__mmask16)mask;
+}
+inline __m512i _mm512_mask_mov_epi32(__m512i otherwise, __mmask16 mask, __m512i a) {
+    return each<uint32_t, __m512i>([&](int i) { return lane<uint32_t>(mask >> i & 1 ? a : otherwise, i); });
+}
+inline __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 a) {
+    return each<float, __m512>([&](int i) { return mask >> i & 1 ? lane<float>(a, i) : 0; });
 }
 inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
     return each<uint32_t, __m512i>([&](int i) { return lane<uint16_t>(a, i); });

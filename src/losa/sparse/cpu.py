@@ -61,6 +61,10 @@ class Native:
             return f"multiplies float32, bfloat16 and float16, not {x_dtype}"
         if packed.values.dtype not in self.values:
             return f"has no values of {packed.values.dtype}"
+        return self.lacking()
+
+    def lacking(self) -> str | None:
+        """What of the machine keeps it from running, None if nothing does."""
         try:
             library = native.library()
         except native.Unavailable as error:
@@ -186,6 +190,8 @@ def function(name: str) -> Callable[..., int]:
         "sums": [pointer, pointer, small],
         "form": [pointer],
         "read": [pointer, number, small, small],
+        "effective": [pointer],
+        "gradients": [pointer],
     }[kind]
     found.restype = ctypes.c_uint64 if kind == "read" else ctypes.c_int
     typed: Callable[..., int] = found

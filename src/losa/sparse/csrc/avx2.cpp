@@ -26,6 +26,17 @@ inline Vector load_floats(const uint16_t *from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16));
 }
 inline void store_floats(float *to, Vector v) { _mm256_storeu_ps(to, v); }
+inline void store_floats(uint16_t *to, Vector v) {
+    const __m256i bits = _mm256_castps_si256(v), tie = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), tie), 16);
+    const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_ORD_Q));
+    const __m256i words = _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), rounded, number);
+    _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+inline Vector kept(Vector v, unsigned bits) {
+    const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), all = _mm256_set1_epi32((int)bits);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, each), each)));
+}
 
 }  // namespace
 
@@ -163,8 +174,10 @@ typedef KindsByType<KindBF16, KindF16, KindF32, KindI8, DenseBF16, DenseF32> Kin
 
 }  // namespace
 
+#include "pair.h"
 #include "steps.h"
 
 LOSA_KERNEL(avx2)
 LOSA_DECODER(avx2)
 LOSA_OPPONENTS(avx2)
+LOSA_PAIR(avx2)

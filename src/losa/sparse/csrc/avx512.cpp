@@ -62,8 +62,10 @@ typedef KindsByType<KindBF16, KindF16, KindF32, KindI8, DenseBF16, DenseF32> Kin
 
 }  // namespace
 
+#include "pair.h"
 #include "steps.h"
 
 LOSA_KERNEL(avx512)
 LOSA_DECODER(avx512)
 LOSA_OPPONENTS(avx512)
+LOSA_PAIR(avx512)

@@ -52,6 +52,19 @@ struct Call {              // y [rows, out] = x [rows, in] W^T + bias
     int32_t threads;
 };
 
+// A masked low-rank linear in training: what it multiplies by, W' = M * (W + s B A), and the gradients of A and B.
+struct Pair {
+    const void *weight;    // [out, in] of `type`, F32 or BF16, rows contiguous: W, or the gradient of W'
+    const uint8_t *mask;   // [out, ceil(in / 8)]
+    const float *a, *b;    // [rank, in] contiguous; [out, rank], rows b_stride apart
+    void *effective;       // W' [out, in] of effective_type, F32 or BF16
+    float *da, *db;        // [ceil(out / piece), rank, in], to be summed over its pieces of `piece` rows; [out, rank]
+    int64_t out, in, rank, b_stride, piece;
+    float scaling;
+    Type type, effective_type;
+    int32_t threads;
+};
+
 constexpr int MOST_QUEUES = 8;
 
 // Pieces of a work that are still to be taken, zero when it begins: a queue of neighbours for each thread, or for a few.
