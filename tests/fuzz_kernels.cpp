@@ -19,8 +19,8 @@ extern "C" const char *losa_features(void);
     extern "C" int losa_expand_##name(const Matrix *, int64_t, int64_t, void *, int64_t, int32_t);                 \
     DECLARE_DECODER(name)
 #define DECLARE_PAIR(name)                                                                                         \
-    extern "C" void losa_effective_##name(const Pair *);                                                           \
-    extern "C" void losa_gradients_##name(const Pair *);
+    extern "C" int losa_effective_##name(const Pair *);                                                            \
+    extern "C" int losa_gradients_##name(const Pair *);
 #define DECLARE_DECODER(name)                                                                                      \
     extern "C" int losa_decode_##name(void *);                                                                     \
     extern "C" int losa_form_##name(const Matrix *);
@@ -422,7 +422,7 @@ void steps(const Kernel &kernel, uint64_t seed) {
 }
 
 // The masked low-rank linear's weight and gradients.
-void pairs(const char *name, void (*effective)(const Pair *), void (*gradients)(const Pair *), uint64_t seed) {
+void pairs(const char *name, int (*effective)(const Pair *), int (*gradients)(const Pair *), uint64_t seed) {
     engine.seed(seed);
     const int64_t out = between(0, 3) ? between(1, 12) : between(1, 150), in = between(0, 3) ? between(1, 70) : between(1, 1100);
     const int64_t rank = between(1, 9), stride = rank + between(0, 2), bytes = (in + 7) / 8;

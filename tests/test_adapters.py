@@ -264,6 +264,16 @@ def test_merging_keeps_every_zero_and_the_output(dtype: torch.dtype, bias: bool)
     assert (merged(x) - want).norm() <= 1e-5 * want.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_in_place_it_takes_no_memory_of_its_own(dtype: torch.dtype) -> None:
+    layer = make(dtype=dtype)
+    before, apart = layer.weight, layer.merge().weight
+    assert apart.data_ptr() != before.data_ptr()
+    merged = layer.merge(in_place=True)
+    assert torch.equal(merged.weight, apart) and not merged.weight.requires_grad
+    assert merged.weight.data_ptr() == before.data_ptr()
+
+
 def test_masks_nest_and_zero_the_weight() -> None:
     layer = make()
     old = layer.mask

@@ -236,7 +236,7 @@ def test_text_has_no_answers(write: Callable[..., str], tokenizer: PreTrainedTok
     assert len(data.training_examples(path, tokenizer, 10, 50, seed)) == 10
 
 
-@pytest.mark.parametrize(("most", "width"), [(3, 3), (5, 5), (16, 16), (100, 16)])
+@pytest.mark.parametrize(("most", "width"), [(0, 3), (2, 3), (3, 3), (5, 5), (16, 16), (100, 16)])
 def test_collate_pads_on_the_right(most: int, width: int) -> None:
     long = Example(torch.tensor([5, 6, 7]), torch.tensor([IGNORED, 6, 7]))
     short = Example(torch.tensor([8, 9]), torch.tensor([8, 9]))

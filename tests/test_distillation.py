@@ -84,7 +84,7 @@ def batch(rows: int = 3, length: int = 9, ignored: bool = True) -> tuple[list[da
         labels = ids.clone()
         labels[: 2 * row * ignored] = data.IGNORED
         examples.append(data.Example(ids, labels))
-    return examples, data.collate(examples, 0, length)
+    return examples, data.collate(examples, 0, length + 5)
 
 
 @pytest.mark.parametrize("chunk", [1, 5000, 1 << 26])
@@ -160,7 +160,7 @@ def test_the_cache_says_what_the_model_says(
     cache = distillation.cached(live, examples, 0, recipe, run)
     assert isinstance(cache, Cached) and len(list((tmp_path / "run").iterdir())) == made
     rows = [4, 0 if made == 3 else 3, 3]
-    inputs = data.collate([examples[row] for row in rows], 0, recipe.train_length)
+    inputs = data.collate([examples[row] for row in rows], 0)
     want, got = shortened(live.predict(rows, inputs), 7), cache.predict(rows, inputs)
     assert want.ids is not None and got.ids is not None and want.rest is not None and got.rest is not None
     assert torch.equal(got.ids, want.ids) and int(got.ids.max()) < 2000

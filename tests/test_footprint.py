@@ -13,13 +13,13 @@ from conftest import GATED, MODELS, changed, files, killed_after, tiny, tokenize
 from torch import Tensor, nn
 
 import losa
-from losa import inputs, inspection, memory, model
+from losa import data, inputs, inspection, memory, model
 from losa.adapters import MaskedLinear
 from losa.blocks import Subject, subject_of
 from losa.errors import LosaError
 from losa.recipe import Recipe
 from losa.recovery import footprint
-from losa.recovery.training import next_token_loss
+from losa.recovery.training import accumulate, next_token_loss
 
 
 def adapted(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Subject, dict[str, nn.Parameter]]:
@@ -36,6 +36,32 @@ def adapted(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Subject, dic
             linear.lora_B.data = 0.1 * torch.randn(linear.lora_B.shape, generator=generator)
             pairs |= {f"{name}.A": linear.lora_A, f"{name}.B": linear.lora_B}
     return subject, pairs
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_batches_are_padded_further_in_bf16_and_the_loss_is_the_same(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, pairs = adapted(kind, torch.bfloat16)
+    recipe = Recipe(train_length=40, micro_batch_size=2, batch_size=4, learning_rate=1e-3)
+    examples = [data.Example(ids, ids) for n in (21, 17, 5, 40) for ids in [torch.arange(2, 2 + n)]]
+    widths: list[int] = []
+    subject.model.register_forward_pre_hook(
+        lambda _module, _args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = []
+    for further in (True, False):
+        if not further:
+            monkeypatch.setattr(footprint, "padded", lambda *_: 0)
+        with footprint.prepared(subject, recipe, pairs.values()) as (whole, _):
+            loss = accumulate(subject, whole, examples, [0, 1, 2, 3], recipe)
+            found.append((loss, {n: p.grad.clone() for n, p in pairs.items() if p.grad is not None}))
+    assert widths == [32, 40, 21, 40]
+    (loss, padded), (want, plain) = found
+    assert loss == pytest.approx(want, rel=1e-2) and plain and all(n in padded for n in plain)
+    whole_of = [torch.cat([of[n].flatten() for n in plain]) for of in (padded, plain)]
+    assert (whole_of[0] - whole_of[1]).norm() < 0.05 * whole_of[1].norm()
+    assert footprint.padded(tiny(kind), recipe) == 0  # fp32
 
 
 def gradients(kind: str, recipe: Recipe, dtype: torch.dtype = torch.float32) -> tuple[float, dict[str, Tensor], int]:

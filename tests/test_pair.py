@@ -51,7 +51,7 @@ def drawn(
 
 
 @given(
-    out=st.integers(1, 40),
+    out=st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 200])),  # more than one piece, too
     columns=st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 1100])),
     rank=st.integers(1, 9),
     density=st.sampled_from([0.0, 0.3, 1.0]),
@@ -157,6 +157,35 @@ def test_a_layer_is_trained_by_it_and_without_it_alike(
         torch.testing.assert_close(one, other, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_nothing_to_it(symbol: str, dtype: torch.dtype) -> None:
+    operands = drawn(30, 40, 3, 0.5, torch.float32, 0)
+    want = pair.gradients(*operands, 2.0)
+    torch.set_default_dtype(dtype)
+    try:
+        got = pair.gradients(*operands, 2.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert want is not None and got is not None and all(map(torch.equal, want, got))
+
+
+def test_what_is_masked_of_a_gradient_is_not_read(symbol: str) -> None:
+    weight, bits, a, b = drawn(70, 50, 3, 0.5, torch.float32, 0)
+    want = pair.gradients(weight, bits, a, b, 1.0)
+    weight[~masks.unpack(bits, 50)] = float("nan")
+    got = pair.gradients(weight, bits, a, b, 1.0)
+    assert want is not None and got is not None and all(map(torch.equal, want, got))
+    weight[masks.unpack(bits, 50)] = float("nan")
+    got = pair.gradients(weight, bits, a, b, 1.0)
+    assert got is not None and all(found.isnan().any() for found in got)
+
+
+def test_a_high_rank_is_left_to_torch(symbol: str) -> None:
+    operands = drawn(20, 30, pair.MOST_RANK + 1, 0.5, torch.float32, 0)
+    assert pair.gradients(*operands, 1.0) is None
+    assert pair.effective_weight(*operands, 1.0, torch.float32) is not None
+
+
 def test_what_it_leaves_to_torch(symbol: str) -> None:
     weight, bits, a, b = drawn(6, 20, 2, 0.5, torch.float32, 0)
     refused: list[tuple[Any, ...]] = [
@@ -168,6 +197,12 @@ def test_what_it_leaves_to_torch(symbol: str) -> None:
         (weight[:0], bits[:0], a, b[:0]),
         (weight, bits, a[:0], b[:, :0]),
         (weight.to("meta"), bits, a, b),
+        (weight, bits, a.to("meta"), b),
+        (weight, bits[:, :-1].contiguous(), a, b),
+        (weight, bits.int(), a, b),
+        (weight, bits, a[:, :-1].contiguous(), b),
+        (weight, bits, a, b[:-1]),
+        (weight, bits, a[:1], b),
     ]
     for operands in refused:
         assert pair.effective_weight(*operands, 1.0, torch.float32) is None and pair.gradients(*operands, 1.0) is None

@@ -284,7 +284,7 @@ def test_adalora_is_pefts(once: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_pat
         from losa.data import collate
 
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * training.share_of_peak(update, updates, recipe.warmup)
-        batch = collate(seen["examples"][4 * update : 4 * update + 4], 0, recipe.train_length)
+        batch = collate(seen["examples"][4 * update : 4 * update + 4], 0)
         optimizer.zero_grad()
         model(**batch).loss.backward()  # PEFT adds its regulariser
         torch.nn.utils.clip_grad_norm_(trained, recipe.clip)

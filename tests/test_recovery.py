@@ -212,7 +212,7 @@ def oracle(model: Any, keep: dict[str, Tensor], recipe: Recipe) -> None:
         rise = -(-recipe.warmup * updates // 1)
         share = (update + 1) / rise if update < rise else (updates - update) / (updates - rise)
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * share
-        batch = collate(examples[update * recipe.batch_size :][: recipe.batch_size], 0, recipe.train_length)
+        batch = collate(examples[update * recipe.batch_size :][: recipe.batch_size], 0)
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         F.cross_entropy(out[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
         for name, weight in weights.items():

@@ -263,9 +263,15 @@ class MaskedLinear(nn.Module):
         self.kept = None
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
-        """A plain linear, frozen, with the effective weight in the weight's dtype: +0.0 wherever masked. Leaves self as it is."""
+    def merge(self, in_place: bool = False) -> nn.Linear:
+        """A plain linear, frozen, with the effective weight in the weight's dtype: +0.0 wherever masked. Leaves self as it is.
+
+        in_place: in the memory of the weight, for a self that goes. Weights as transformers loads them are of one mapped
+        file, which holds all of them until the last one goes: with new ones beside them a model would be there twice.
+        """
         weight = self.effective_weight().masked_fill_(~self.mask, 0)  # -0.0 to 0.0
+        if in_place:
+            weight = self.weight.detach().copy_(weight)
         merged = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         merged.weight = nn.Parameter(weight, requires_grad=False)
         merged.register_parameter("bias", self.bias)
@@ -320,10 +326,10 @@ class LowRankLinear(MaskedLinear):
         a, b = self.pair()
         return torch.addmm(self.weight.to(a.dtype), b, a, alpha=self.scaling).to(dtype or self.weight.dtype)
 
-    def merge(self) -> nn.Linear:
+    def merge(self, in_place: bool = False) -> nn.Linear:
         """Raises LosaError, unless no pair is in use."""
         if self.rank == 0:
-            return super().merge()
+            return super().merge(in_place)
         raise LosaError(
             "a LoRA kept apart does not merge: the product would fill the zeros; keep the pair, or use losa"
         )

@@ -67,7 +67,7 @@ class Adapters:
         if not linears:
             raise LosaError("the adapters are merged already")
         for name, linear in linears:
-            self.model.set_submodule(name, linear.merge())
+            self.model.set_submodule(name, linear.merge(in_place=True))
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._trainable)
         delattr(self.model, HANDLE)

@@ -135,9 +135,8 @@ class Subject:
         bits = {}
         for name, linear in block.masked.items():
             bits[name] = linear.mask_bits
-            block.linears[name] = linear.merge()
+            block.linears[name] = linear.merge(in_place=True)
             block.module.set_submodule(name.removeprefix(f"{block.name}."), block.linears[name])
-            del linear  # and with it the weight it had
         self.round_block(block)
         experts.join(block.module)
         return bits

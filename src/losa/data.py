@@ -22,9 +22,7 @@ SHUFFLED_CHARACTERS = 200_000_000  # text held to be shuffled: all of most sourc
 STREAMED_CHARACTERS = 20_000_000  # ... and less of one that is downloaded as it is read
 POOL_TOKENS = 8_000_000  # tokens among which windows are drawn at most, if fewer are needed
 BATCH_CHARACTERS = 1_000_000  # text tokenized at once
-# Batches of recovery are as long as a multiple of it. On a CPU torch keeps the code of a bf16 product for each number of
-# rows it has met, 12 MB of them for a Llama's block, which lies in the way of all that comes later (docs/log.md).
-LENGTHS = 16
+LENGTHS = 16  # batches are as long as a multiple of it, where that is asked for
 
 
 class Example(NamedTuple):
@@ -134,10 +132,10 @@ def training_examples(
     raise LosaError(f"{source!r} has {len(examples)} rows to train on{note}, {asked}")
 
 
-def collate(examples: list[Example], pad_id: int, most: int) -> dict[str, Tensor]:
+def collate(examples: list[Example], pad_id: int, most: int = 0) -> dict[str, Tensor]:
     """A batch, padded on the right: input_ids, attention_mask (1: a token) and labels, int64 [examples, tokens].
 
-    Padded to a multiple of LENGTHS, but to no more than `most` for that.
+    As long as its longest example; or, up to `most`, as the next multiple of LENGTHS.
     """
     longest = max(len(e.input_ids) for e in examples)
     width = max(longest, min(most, -(-longest // LENGTHS) * LENGTHS))

@@ -18,6 +18,7 @@ from losa.blocks import Subject
 from losa.errors import LosaError
 from losa.inputs import Inputs, fingerprint
 from losa.recipe import Recipe
+from losa.recovery import footprint
 
 if TYPE_CHECKING:
     from losa.run import Run
@@ -175,7 +176,7 @@ def cached(live: Live, examples: list[data.Example], pad_id: int, recipe: Recipe
     shards = range(len(recipe.rows_of(0)) // SHARD, -(-len(examples) // SHARD))
     missing = [number for number in shards if not run.path(_shard(number)).is_file()]
     missing = distributed.gather(missing)[0]  # rank 0's, which writes them
-    device = next(live.model.parameters()).device
+    device, most = next(live.model.parameters()).device, footprint.padded(live.model, recipe)
     for number in run.track(missing, "the teacher's predictions", "part", done=len(shards) - len(missing)):
         rows = range(number * SHARD, min((number + 1) * SHARD, len(examples)))
         own = distributed.own_range(len(rows))
@@ -187,7 +188,7 @@ def cached(live: Live, examples: list[data.Example], pad_id: int, recipe: Recipe
         }
         lengths = []
         for row in rows[own.start : own.stop]:
-            inputs = {k: v.to(device) for k, v in data.collate([examples[row]], pad_id, recipe.train_length).items()}
+            inputs = {k: v.to(device) for k, v in data.collate([examples[row]], pad_id, most).items()}
             said = shortened(live.predict([row], inputs), top)
             assert said.ids is not None and said.rest is not None
             lengths.append(len(said.rest))

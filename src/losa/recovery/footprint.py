@@ -34,6 +34,16 @@ def rows_at_once(recipe: Recipe) -> int:
     return min(recipe.micro_batch_size, -(-recipe.batch_size // distributed.launched()))
 
 
+def padded(whole: nn.Module, recipe: Recipe) -> int:
+    """Up to which length batches are padded to multiples: on a CPU, in bf16.
+
+    There torch keeps the code of a product for each number of rows that it has met, 12 MB for a Llama's block, which lies in
+    the way of all that comes later (docs/log.md).
+    """
+    parameter = next(whole.parameters())
+    return recipe.train_length if parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16 else 0
+
+
 def check(recipe: Recipe) -> None:
     """Raise LosaError for an optimizer that is not there, or does not run on the recipe's device."""
     if recipe.optimizer == "adamw":

@@ -117,7 +117,9 @@ def accumulate(subject: Subject, whole: nn.Module, batch: list[data.Example], ro
         counts = bool(part)
         if not counts:  # a sharded model runs in all processes together: one without rows reads one that counts nothing
             part = [data.Example(batch[0].input_ids, torch.full_like(batch[0].labels, data.IGNORED))]
-        inputs = {k: v.to(device) for k, v in data.collate(part, subject.pad_id, recipe.train_length).items()}
+        inputs = {
+            k: v.to(device) for k, v in data.collate(part, subject.pad_id, footprint.padded(whole, recipe)).items()
+        }
         if subject.teacher is not None and counts:
             said = subject.teacher.predict(rows[own.start : own.stop][start : start + size], inputs)
             total += mixed_loss(whole, inputs, said, recipe, labels)

@@ -114,8 +114,11 @@ def _reasons(path: Path) -> Path:
 
 
 def _folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "losa" / "kernels"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "losa" / "kernels"
+    except RuntimeError as error:  # a user without a home
+        log.info("%s: the kernels are built for this process alone", error)
+        return _passing_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,7 +1,7 @@
 // The masked low-rank linear in training, W' = M * (W + s B A) and the gradients of A and B from that of W', for any instruction
 // set: what product.h asks of a Vector, and
 //
-//   Vector kept(v, bits)           v where bit i is set, 0 in the other lanes
+//   Vector kept(v, bits)           v where bit i is set, 0 in the other lanes, whatever v has there
 //   store_floats(to, v)            LANES bf16, too: to nearest, ties to even, NaN stays NaN
 #pragma once
 #include "losa.h"
@@ -152,5 +152,5 @@ inline void gradients(const Pair &p) {
 }  // namespace
 
 #define LOSA_PAIR(name)                                                                             \
-    extern "C" void losa_effective_##name(const Pair *pair) { effective(*pair); }                   \
-    extern "C" void losa_gradients_##name(const Pair *pair) { gradients(*pair); }
+    extern "C" int losa_effective_##name(const Pair *pair) { return effective(*pair), 0; }          \
+    extern "C" int losa_gradients_##name(const Pair *pair) { return gradients(*pair), 0; }
