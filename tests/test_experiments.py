@@ -545,7 +545,8 @@ def test_verdicts_on_the_page_are_of_the_tables_beside_them(name: str) -> None:
     part = page.partition(f"<!-- experiment {name} -->")[2].partition(show.END)[0]
     header, _, *rows = [[c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines() if line[:1] == "|"]
     cells = {(row[0], c): v for row in rows for c, v in zip(header, row, strict=True) if c}
-    means = {cell: [float(v.partition(" ±")[0])] for cell, v in cells.items()}
+    # several seeds are twice their mean: with one, a claim about the best of a row is not judged
+    means = {cell: [float(v.partition(" ±")[0])] * (1 + ("±" in v)) for cell, v in cells.items()}
     assert means
     if len(means) == len(TABLES[name].cells):
         for claim in TABLES[name].claims:
