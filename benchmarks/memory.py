@@ -172,11 +172,9 @@ def exponents(scratch: Path, pruner: str, recovery: str) -> None:
 def exponent(values: list[float]) -> float | None:
     """p of c + a x^p, given its values at x, 2 x and 4 x, whatever c is; None if nothing grows, but for 5%."""
     first, second, third = values
-    return (
-        round(math.log2((third - second) / (second - first)), 2)
-        if third > second > first and third > 1.05 * first
-        else None
-    )
+    if not first < second < third or third <= 1.05 * first:
+        return None
+    return round(math.log2((third - second) / (second - first)), 2)
 
 
 def shape(hidden: int, layers: int, dtype: str = "bfloat16", vocabulary: int = 4096) -> dict[str, Any]:

@@ -113,12 +113,13 @@ def test_threads_change_nothing(symbol: str) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
+            merged = pair.effective_weight(weight, bits, a, b, 2.0, torch.bfloat16)
             gradients = pair.gradients(weight, bits, a, b, 2.0)
-            assert gradients is not None
-            found.append((pair.effective_weight(weight, bits, a, b, 2.0, torch.bfloat16), *gradients))
+            assert merged is not None and gradients is not None
+            found.append((merged, *gradients))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(one, other) for some in found[1:] for one, other in zip(found[0], some, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(one, other) for some in found[1:] for one, other in zip(found[0], some, strict=True))
 
 
 def trained(layer: MaskedLinear, x: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 // The masked low-rank linear in training, W' = M * (W + s B A) and the gradients of A and B from that of W', for any instruction
 // set: what product.h asks of a Vector, and
 //
-//   Vector kept(v, bits)           v where bit i is set, 0 in the other lanes, whatever v has there
+//   Vector kept(v, bits)           v where bit i of the first LANES is set, 0 in the other lanes, whatever v has there
 //   store_floats(to, v)            LANES bf16, too: to nearest, ties to even, NaN stays NaN
 #pragma once
 #include "losa.h"
@@ -24,13 +24,6 @@ inline void store_some(T *to, Vector v, int64_t n) {
     T all[LANES];
     store_floats(all, v);
     memcpy(to, all, (size_t)n * sizeof(T));
-}
-
-// The bits of LANES columns from column j on, of a row's mask of so many bytes.
-inline unsigned bits_of(const uint8_t *mask, int64_t bytes, int64_t j) {
-    unsigned bits = 0;
-    for (int64_t byte = j / 8; byte < j / 8 + LANES / 8 && byte < bytes; byte++) bits |= (unsigned)mask[byte] << (byte * 8 - j);
-    return bits;
 }
 
 // Four rows of something [out, in]; of fewer, the last one stands for those that are missing.
@@ -61,7 +54,7 @@ inline void merge(const Pair &p, const Rows<const W> &w, const Rows<const uint8_
         for (int k = 0; k < V; k++) {
             const int64_t at = j + k * LANES;
             const Vector merged = fma(scaling, sum[i][k], WHOLE ? load_floats(w.row[i] + at) : load_some(w.row[i] + at, p.in - at));
-            const Vector masked = kept(merged, bits_of(mask.row[i], (p.in + 7) / 8, at));
+            const Vector masked = kept(merged, (unsigned)mask_word(mask.row[i], at / 8, (p.in + 7) / 8));
             if (WHOLE) store_floats(to.row[i] + at, masked);
             else store_some(to.row[i] + at, masked, p.in - at);
         }
@@ -98,7 +91,7 @@ inline void contract(const Pair &p, float *da, int64_t row, int64_t end, int64_t
         for (int64_t k = 0; k < vectors; k++) {
             const int64_t at = k * LANES;
             const Vector v = k < whole ? load_floats(g + at) : load_some(g + at, last - first - at);
-            store_floats(gradient[i] + at, kept(v, bits_of(mask, (p.in + 7) / 8, first + at)));
+            store_floats(gradient[i] + at, kept(v, (unsigned)mask_word(mask, (first + at) / 8, (p.in + 7) / 8)));
         }
     }
     for (int64_t i = rows; i < FOUR; i++) memset(gradient[i], 0, sizeof gradient[i]);
