@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py --llama PYTHON               # 1.1B; PYTHON: an interpreter with llama-cpp-python and gguf
     python benchmarks/decode.py --shape 7b --blocks 8        # as many blocks of Llama-2-7B as fit into memory beside each other
+    python benchmarks/decode.py --shape 7b --who dense "packed 70%"   # all blocks: those models that fit
     python benchmarks/decode.py --only prefill               # 512 tokens at once, packed and dense
     python benchmarks/decode.py --only loading               # peak memory while a packed model is loaded
 
@@ -31,6 +32,14 @@ SHAPES = {  # hidden, MLP, heads, key/value heads, blocks; vocabulary 32000
 }
 VOCABULARY = 32000
 PROMPT = 8
+DENSE = ("dense", "transformers")
+PACKED = {
+    "packed 50%": (0.5, "auto"),
+    "packed 60%": (0.6, "auto"),
+    "packed 70%": (0.7, "auto"),
+    "int8 70%": (0.7, "int8"),
+}
+LLAMA_CPP = {"llama.cpp BF16": "BF16", "llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_0": "Q4_0"}
 PAUSE = 0.05  # seconds between turns, in which the last one's threads go to sleep
 
 
@@ -191,6 +200,13 @@ def bytes_read(whole: Any) -> int:
     return sum(p.nbytes for name, p in whole.named_parameters() if "embed_tokens" not in name)
 
 
+def dense_bytes(shape: str, blocks: int) -> int:
+    """The same of the dense model in bf16."""
+    hidden, mlp, heads, kv_heads, _ = SHAPES[shape]
+    block = 2 * hidden * hidden + 2 * hidden * (hidden // heads * kv_heads) + 3 * hidden * mlp + 2 * hidden
+    return 2 * (blocks * block + hidden * VOCABULARY + hidden)
+
+
 class Ours:
     """A model that decodes natively, or, `own`, by its own forward."""
 
@@ -266,24 +282,25 @@ def decoding(args: argparse.Namespace, blocks: int) -> None:
     from losa import bench, speed
 
     who: dict[str, Any] = {}
-    dense = build(args.shape, blocks, None)
-    who["dense"], who["transformers"] = Ours(dense), Ours(dense, own=True)
-    for share, values in ((0.5, "auto"), (0.6, "auto"), (0.7, "auto"), (0.7, "int8")):
-        name = f"packed {share:.0%}" if values == "auto" else f"int8 {share:.0%}"
-        who[name] = Ours(build(args.shape, blocks, share, values))
+    if whole := [name for name in DENSE if name in args.who]:
+        dense = build(args.shape, blocks, None)
+        who |= {name: Ours(dense, own=name == "transformers") for name in whole}
+        assert bytes_read(dense) == dense_bytes(args.shape, blocks)
+    for name, (share, values) in PACKED.items():
+        if name in args.who:
+            who[name] = Ours(build(args.shape, blocks, share, values))
     for one in who.values():
         one.check()
     who["read"] = Reading()
-    if args.llama:
-        for kind in ("BF16", "Q8_0", "Q4_0"):
-            who[f"llama.cpp {kind}"] = LlamaCpp(args.llama, kind, args, blocks)
+    for name, kind in LLAMA_CPP.items():
+        if name in args.who:
+            who[name] = LlamaCpp(args.llama, kind, args, blocks)
 
     def median(one: Any) -> float:
         time.sleep(PAUSE)
         return float(statistics.median(one.seconds(args.tokens)))
 
     times = speed.in_turns({name: partial(median, one) for name, one in who.items()}, args.rounds)
-    base = "llama.cpp BF16" if args.llama else "dense"
     for name, one in who.items():
         line = {
             "benchmark": "decode",
@@ -292,14 +309,13 @@ def decoding(args: argparse.Namespace, blocks: int) -> None:
             "blocks": blocks,
             "threads": args.threads,
             "tokens_per_s": round(1 / statistics.median(times[name]), 2),
-            f"over_{base}": ratio(times[base], times[name]),
-            "over_dense": ratio(times["dense"], times[name]),
-            "over_llama.cpp Q4_0": ratio(times["llama.cpp Q4_0"], times[name]) if args.llama else None,
         }
+        line |= {f"over_{base}": ratio(times[base], times[name]) for base in (*LLAMA_CPP, *DENSE) if base in who}
         if hasattr(one, "bytes"):
             line["bytes"] = one.bytes
             line["gb_per_s"] = round(one.bytes / statistics.median(times[name]) / 1e9, 2)
-            line["bound"] = round(who["dense"].bytes / one.bytes, 3)  # over dense
+            if name != "read":
+                line["bound"] = round(dense_bytes(args.shape, blocks) / one.bytes, 3)  # over dense
             read = [a / who["read"].bytes * one.bytes for a in times["read"]]
             line["share_of_read_bandwidth"] = ratio(read, times[name])
         print(json.dumps(line | {"processor": bench.processor(), "kernel": kernel(one), "torch": torch.__version__}))
@@ -377,11 +393,18 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="default: all of the shape's")
     parser.add_argument("--only", choices=["decoding", "prefill", "loading"], default="decoding")
     parser.add_argument("--llama", metavar="PYTHON")
+    names = [*DENSE, *PACKED, *LLAMA_CPP]
+    parser.add_argument("--who", nargs="+", choices=names, help="who decodes, of --only decoding; default: all")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5, help="at least 2")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.who and args.only != "decoding":
+        parser.error("--who is for --only decoding")
+    if not args.llama and LLAMA_CPP.keys() & set(args.who or ()):
+        parser.error("llama.cpp takes --llama PYTHON")
+    args.who = args.who or [name for name in names if args.llama or name not in LLAMA_CPP]
     blocks = args.blocks or SHAPES[args.shape][4]
     if args.serve:
         serve(args.serve, args.shape, blocks, args.threads)

@@ -164,7 +164,7 @@ def test_threads_do_not_change_a_bit(kernel: str, form: str) -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_biases_everywhere_and_uneven_widths() -> None:
+def test_biases_everywhere_and_uneven_widths(kernel: str) -> None:
     config = transformers.LlamaConfig(
         **GATED | {"hidden_size": 36, "intermediate_size": 77, "vocab_size": 101, "head_dim": 6},
         attention_bias=True,
@@ -174,10 +174,11 @@ def test_biases_everywhere_and_uneven_widths() -> None:
     whole = transformers.LlamaForCausalLM(config).eval()
     for parameter in whole.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    whole = made(whole, "packed")  # type: ignore[arg-type]
+    wide = kernel == "avx512-bf16"
+    whole = made(whole, "packed", torch.bfloat16 if wide else torch.float32)  # type: ignore[arg-type]
     text = TEXT % 101
     found = stepped(whole, text)
-    assert whole.forward.tokens and error(found, wanted(whole, text)) < 2e-6
+    assert whole.forward.tokens and error(found, wanted(whole, text)) < (0.03 if wide else 2e-6)
 
 
 @pytest.mark.parametrize("dense", ["up_proj", "k_proj", "lm_head"])

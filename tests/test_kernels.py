@@ -118,7 +118,15 @@ def test_agrees_with_float64(kernel: kernels.Kernel, values: torch.dtype, data: 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 31, 63, 64, 65, 127, 255, 256, 257, 511, 513, 1000])
 def test_every_tail(kernel: kernels.Kernel, columns: int) -> None:
-    check(kernel, made(5, columns, 0.5, torch.bfloat16), torch.randn(2, columns).bfloat16())
+    for tokens in (1, 2):  # one token has its own way through several rows of the weight
+        check(kernel, made(5, columns, 0.5, torch.bfloat16), torch.randn(tokens, columns).bfloat16())
+
+
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_every_number_of_rows(kernel: kernels.Kernel, rows: int) -> None:
+    for values in (torch.bfloat16, torch.int8):
+        for tokens in (1, 3):
+            check(kernel, made(rows, 300, 0.6, values), torch.randn(tokens, 300).bfloat16())
 
 
 @pytest.mark.parametrize("values", DTYPES.values(), ids=DTYPES)

@@ -82,7 +82,7 @@ struct Floats {  // what the kinds share: x, sums and tiles are floats
     typedef float Input, Output;
     typedef uint64_t Mask;
     typedef __m256 Weights, Inputs, Sum;
-    static constexpr int STEP = 8, PER_COLUMN = 1;
+    static constexpr int STEP = 8, PER_COLUMN = 1, ABREAST = 2;
     static constexpr bool SCALED = false, SUMMED = false, DENSE = false;
     static constexpr Form FORM = FLOATS;
 
@@ -153,7 +153,7 @@ struct DenseBF16 {  // the even columns of 16 are the lower halves of 8 words: a
         __m256 even, odd;
     };
     typedef __m256 Sum;
-    static constexpr int STEP = 16, PER_COLUMN = 1;
+    static constexpr int STEP = 16, PER_COLUMN = 1, ABREAST = DENSE_ABREAST;
     static constexpr bool DENSE = true;
     static constexpr Form FORM = SPLIT;
     static Weights all(const uint16_t *v) { return {_mm256_loadu_si256((const __m256i *)v)}; }

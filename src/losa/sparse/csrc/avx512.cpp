@@ -11,7 +11,7 @@ struct Floats {
     typedef float Input, Output;
     typedef __mmask16 Mask;
     typedef __m512 Weights, Inputs, Sum;
-    static constexpr int STEP = 16, PER_COLUMN = 1;
+    static constexpr int STEP = 16, PER_COLUMN = 1, ABREAST = 2;
     static constexpr bool SCALED = false, SUMMED = false, DENSE = false;
     static constexpr Form FORM = FLOATS;
     static Mask mask(uint64_t word, int k) { return (Mask)(word >> 16 * k); }

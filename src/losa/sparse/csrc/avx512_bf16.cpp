@@ -19,7 +19,7 @@ struct KindBF16 {
     struct Sum {
         __m512 even, odd;
     };
-    static constexpr int STEP = 32, PER_COLUMN = 1;
+    static constexpr int STEP = 32, PER_COLUMN = 1, ABREAST = 4;
     static constexpr bool SCALED = false, SUMMED = false, DENSE = false;
     static constexpr Form FORM = SPLIT;
     static Mask mask(uint64_t word, int k) { return (Mask)(word >> 32 * k); }
@@ -60,7 +60,7 @@ struct KindI8 {
     struct Sum {
         __m512i high, low, weights;
     };
-    static constexpr int STEP = 64, PER_COLUMN = 2;
+    static constexpr int STEP = 64, PER_COLUMN = 2, ABREAST = 4;
     static constexpr bool SCALED = true, SUMMED = false, DENSE = false;
     static constexpr Form FORM = FIXED;
     static Mask mask(uint64_t word, int) { return word; }
@@ -137,7 +137,7 @@ typedef Whole<KindBF16> DenseBF16;
 struct DenseF32 {
     typedef float Value, Input;
     typedef __m512 Weights, Inputs, Sum;
-    static constexpr int STEP = 16, PER_COLUMN = 1;
+    static constexpr int STEP = 16, PER_COLUMN = 1, ABREAST = DENSE_ABREAST;
     static constexpr bool DENSE = true;
     static constexpr Form FORM = FLOATS;
     static Weights all(const float *v) { return _mm512_loadu_ps(v); }

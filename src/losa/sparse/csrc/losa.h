@@ -21,10 +21,13 @@ struct Matrix {            // a packed weight [out, in], as docs/format.md has i
     Type type;
 };
 
+constexpr int DENSE_ABREAST = 4;  // rows of a dense weight that are read together: two streams fetch a fifth less, one a third
+
 // A kind of packed values, of a weight that keeps all of them in rows.
 template <class Kind>
 struct Whole : Kind {
     static constexpr bool DENSE = true;
+    static constexpr int ABREAST = DENSE_ABREAST;
 };
 
 // The kind that a matrix is of, where its type decides that: packed bf16, fp16, fp32, int8, or dense bf16, fp32.

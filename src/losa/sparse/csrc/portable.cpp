@@ -73,7 +73,7 @@ struct Floats {
     typedef float Input, Output;
     typedef unsigned Mask;
     typedef Vector Weights, Inputs, Sum;
-    static constexpr int STEP = 8, PER_COLUMN = 1;
+    static constexpr int STEP = 8, PER_COLUMN = 1, ABREAST = 2;
     static constexpr bool SCALED = false, SUMMED = false, DENSE = false;
     static constexpr Form FORM = FLOATS;
     static Mask mask(uint64_t word, int k) { return word >> 8 * k & 255; }

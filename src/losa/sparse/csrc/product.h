@@ -9,6 +9,8 @@
 //   STEP                         columns spread at a time: 8, 16, 32 or 64
 //   SCALED                       whether each GROUP of columns has a scale
 //   SUMMED                       whether `total` asks for the sum of a GROUP's values, which Matrix.sums then holds
+//   ABREAST                      rows of the weight, 2 or 4, that are read together and share the loads of a single row of x;
+//                                DENSE_ABREAST if it is dense
 //   Mask mask(word, k)           the k-th STEP columns of 64
 //   int count(Mask)              how many of them are kept
 //   Weights spread(v, Mask)      the next values, each in its column, zero in the others
@@ -81,33 +83,48 @@ inline void dot_rows(const Row<K> (&row)[R], int64_t in, const Layout &x, int64_
     constexpr int CHAINS = B == 1 && STEPS > 1 && sizeof(typename K::Sum) == sizeof(Vector) ? 2 : 1;
     typename K::Sum sums[R][B][CHAINS];
     Vector totals[R][B];
+    UNROLL(4)
     for (int r = 0; r < R; r++) {
         for (int b = 0; b < B; b++) {
             totals[r][b] = zero();
             for (int c = 0; c < CHAINS; c++) sums[r][b][c] = K::none();
         }
     }
-    int64_t at[R] = {};  // values passed
+    // Four rows leave few registers: a pointer passes over the values then, and words of the mask are loaded for each use. With fewer
+    // it is an index: moving a pointer takes a cycle more on Zen 2, and a fifth of the speed. (asm: else compilers choose.)
+    constexpr bool POINTERS = R > 2;
+    const typename K::Value *values[R];
+    int64_t at[R] = {};
+    UNROLL(4)
+    for (int r = 0; r < R; r++) values[r] = row[r].values;
     constexpr int PER_LINE = 128 / (int)sizeof(typename K::Value);  // columns, of which half or less are kept
     const typename K::Input *inputs[B];
     for (int b = 0; b < B; b++) inputs[b] = (const typename K::Input *)x.data + (first_x + b) * x.width;
 
-    const auto step = [&](int64_t byte, const uint64_t(&word)[R]) __attribute__((always_inline)) {
+    const auto step = [&](int64_t byte, const uint8_t *const(&bits)[R]) __attribute__((always_inline)) {
+        uint64_t word[R];
         UNROLL(8)
         for (int k = 0; k < STEPS; k++) {
             typename K::Weights weights[R];
-            UNROLL(2)
+            UNROLL(4)
             for (int r = 0; r < R; r++) {
+                if (POINTERS || k == 0) memcpy(&word[r], bits[r], 8);
+                if (POINTERS) asm("" : "+r"(word[r]));  // else it is kept in a register for masks, and moved back to be counted
                 const typename K::Mask kept = K::mask(word[r], k);
-                if (k * K::STEP % PER_LINE == 0) fetch<OF_VALUES>(row[r].values + at[r]);
-                weights[r] = K::spread(row[r].values + at[r], kept);
-                at[r] += K::count(kept);
-                asm("" : "+r"(at[r]));  // an index: moving the pointer takes a cycle more on Zen 2, and a fifth of the speed
+                if (k * K::STEP % PER_LINE == 0) fetch<OF_VALUES>(values[r] + at[r]);
+                weights[r] = K::spread(values[r] + at[r], kept);
+                if constexpr (POINTERS) {
+                    values[r] += K::count(kept);
+                    asm("" : "+r"(values[r]));
+                } else {
+                    at[r] += K::count(kept);
+                    asm("" : "+r"(at[r]));
+                }
             }
             UNROLL(8)
             for (int b = 0; b < B; b++) {
                 const typename K::Inputs in = K::load(inputs[b] + (byte * 8 + k * K::STEP) * K::PER_COLUMN);
-                UNROLL(2)
+                UNROLL(4)
                 for (int r = 0; r < R; r++) K::add(sums[r][b][k % CHAINS], weights[r], in);
             }
         }
@@ -116,18 +133,24 @@ inline void dot_rows(const Row<K> (&row)[R], int64_t in, const Layout &x, int64_
     for (int64_t begin = 0; begin < bytes; begin += span) {
         const int64_t end = begin + span < bytes ? begin + span : bytes;
         int64_t byte = begin;
-        uint64_t word[R];
+        const uint8_t *bits[R];
         for (; byte + 8 <= end; byte += 8) {
-            for (int r = 0; r < R; r++) memcpy(&word[r], row[r].mask + byte, 8);
-            if (byte % 64 == 0)
-                for (int r = 0; r < R; r++) fetch<OF_MASK>(row[r].mask + byte);
-            step(byte, word);
+            UNROLL(4)
+            for (int r = 0; r < R; r++) bits[r] = row[r].mask + byte;
+            if (byte % 64 == 0) {
+                UNROLL(4)
+                for (int r = 0; r < R; r++) fetch<OF_MASK>(bits[r]);
+            }
+            step(byte, bits);
         }
         if (byte < end) {  // the row's last columns: nothing is read beyond it
-            for (int r = 0; r < R; r++) word[r] = 0, memcpy(&word[r], row[r].mask + byte, (size_t)(end - byte));
-            step(byte, word);
+            uint8_t last[R][8] = {};
+            UNROLL(4)
+            for (int r = 0; r < R; r++) memcpy(last[r], row[r].mask + byte, (size_t)(end - byte)), bits[r] = last[r];
+            step(byte, bits);
         }
         if (K::SCALED) {
+            UNROLL(4)
             for (int r = 0; r < R; r++) {
                 const float scale = bf16_float(row[r].scales[begin / span]);
                 for (int b = 0; b < B; b++) {
@@ -143,6 +166,7 @@ inline void dot_rows(const Row<K> (&row)[R], int64_t in, const Layout &x, int64_
             }
         }
     }
+    UNROLL(4)
     for (int r = 0; r < R; r++) {
         for (int b = 0; b < B; b++) {
             if constexpr (!K::SCALED)
@@ -174,24 +198,38 @@ struct Work {
     const Layout *x;
 };
 
-// Pairs of rows of the weight, so that two share the loads of x; the last row alone if they are odd. The rows of a pair are
-// half the matrix apart: each reads on where its last one ended, which the processor's prefetchers follow, and they
+// Units of rows that are read together; the last ones, if they do not come out even, are one more, read one by one. The rows of a
+// unit are as far apart as can be: each reads on where its last one ended, which the processor's prefetchers follow, and they
 // follow two such streams better far apart (AVX2, 4096 columns: 32 rows apart 10, 128 and more 14 weights a nanosecond).
+inline int64_t units(int64_t rows, int64_t abreast) { return (rows + abreast - 1) / abreast; }
+
+// How many of them with so many rows of x; sums of more would not all fit into registers.
+template <class K>
+constexpr int abreast(int64_t of_x) {
+    return of_x == 1 ? K::ABREAST : 2;
+}
+
 template <class K, int B>
 void product_range(void *context, int64_t begin, int64_t end) {
     const Work &work = *(const Work *)context;
-    const int64_t half = work.call->weight.out / 2;
+    constexpr int R = abreast<K>(B);
+    const int64_t out = work.call->weight.out, apart = out / R;
     for (int64_t i = begin; i < end; i++) {
         for (int64_t b = 0; b < work.call->rows; b += B) {
-            if (i < half) product_rows<K, 2, B>(*work.call, *work.x, b, {i, half + i});
-            else product_rows<K, 1, B>(*work.call, *work.x, b, {2 * half});
+            if (i < apart) {
+                int64_t rows[R];
+                for (int r = 0; r < R; r++) rows[r] = r * apart + i;
+                product_rows<K, R, B>(*work.call, *work.x, b, rows);
+            } else {
+                for (int64_t row = R * apart; row < out; row++) product_rows<K, 1, B>(*work.call, *work.x, b, {row});
+            }
         }
     }
 }
 
-// How many pairs a thread takes at a time: few enough that all have work, which comes out even.
-inline int64_t piece(int64_t pairs, int32_t threads) {
-    const int64_t fair = pairs / (4 * (threads > 0 ? threads : 1));
+// How many units a thread takes at a time: few enough that all have work, which comes out even.
+inline int64_t piece(int64_t units, int32_t threads) {
+    const int64_t fair = units / (4 * (threads > 0 ? threads : 1));
     return fair < 1 ? 1 : fair > 32 ? 32 : fair;
 }
 
@@ -214,8 +252,8 @@ int product(const Call &call) {
                       : together == 2 ? product_range<K, 2>
                       : together == 3 ? product_range<K, 3>
                                       : product_range<K, TOGETHER>;
-    const int64_t pairs = (call.weight.out + 1) / 2;
-    losa_parallel(pairs, piece(pairs, call.threads), call.threads, body, &work);
+    const int64_t count = units(call.weight.out, abreast<K>(together));
+    losa_parallel(count, piece(count, call.threads), call.threads, body, &work);
     free(memory);
     return 0;
 }
@@ -263,12 +301,10 @@ int expand(const Matrix &weight, int64_t first, int64_t rows, void *tile, int64_
     return 0;
 }
 
-constexpr int ABREAST = 4;  // dense rows read at a time, a quarter of the matrix apart: two streams fetch a third less
-
 // y[r] = rows of `in` entries of a dense weight times x, zero behind the last column up to a multiple of 64.
 template <class K, int R>
 inline void dense_rows(const typename K::Value *const (&row)[R], const typename K::Input *x, int64_t in, float (&y)[R]) {
-    constexpr int CHAINS = R == 4 ? 2 : 4;
+    constexpr int CHAINS = R == DENSE_ABREAST ? 2 : 4;
     constexpr int PER_LINE = 64 / (int)sizeof(typename K::Value);
     typename K::Sum sums[R][CHAINS];
     for (int r = 0; r < R; r++)
@@ -311,16 +347,16 @@ template <class K>
 void dense_range(void *context, int64_t begin, int64_t end) {
     const Dense &d = *(const Dense *)context;
     const typename K::Input *x = (const typename K::Input *)d.x;
-    const int64_t apart = d.out / ABREAST;
+    const int64_t apart = d.out / K::ABREAST;
     for (int64_t i = begin; i < end; i++) {
         if (i < apart) {
-            float y[ABREAST];
-            const uint16_t *rows[ABREAST];
-            for (int r = 0; r < ABREAST; r++) rows[r] = d.weight + (r * apart + i) * d.in;
-            dense_rows<K, ABREAST>(rows, x, d.in, y);
-            for (int r = 0; r < ABREAST; r++) d.y[r * apart + i] = y[r];
+            float y[K::ABREAST];
+            const uint16_t *rows[K::ABREAST];
+            for (int r = 0; r < K::ABREAST; r++) rows[r] = d.weight + (r * apart + i) * d.in;
+            dense_rows<K, K::ABREAST>(rows, x, d.in, y);
+            for (int r = 0; r < K::ABREAST; r++) d.y[r * apart + i] = y[r];
         } else {
-            for (int64_t row = ABREAST * apart; row < d.out; row++) {
+            for (int64_t row = K::ABREAST * apart; row < d.out; row++) {
                 float y[1];
                 dense_rows<K, 1>({d.weight + row * d.in}, x, d.in, y);
                 d.y[row] = y[0];
@@ -335,8 +371,8 @@ int dense(const uint16_t *weight, const float *x, float *y, int64_t out, int64_t
     if (!placed) return 1;
     for (int64_t j = 0; j < in; j += GROUP) K::place(x + j, in - j < GROUP ? in - j : GROUP, placed + j, nullptr);
     Dense d = {weight, placed, y, out, in};
-    const int64_t units = out / ABREAST + (out % ABREAST > 0);
-    losa_parallel(units, piece(units, threads), threads, dense_range<K>, &d);
+    const int64_t count = units(out, K::ABREAST);
+    losa_parallel(count, piece(count, threads), threads, dense_range<K>, &d);
     free(placed);
     return 0;
 }

@@ -8,7 +8,7 @@
 // The source that includes this has defined, beside what product.h asks for,
 //
 //   FORM, place(x, n, to, scale)   of each kind: what the kind's x is (enum Form), and n <= GROUP columns of it from floats
-//   Dense kinds                    with Value, Input, STEP, Weights, Inputs, Sum, all, load, none, add, total, FORM, place
+//   Dense kinds                    with Value, Input, STEP, ABREAST, DENSE, Weights, Inputs, Sum, all, load, none, add, total, FORM, place
 //   Kinds::call(matrix, body)      body(K()) with the kind K of a packed or a dense matrix
 #pragma once
 #include "product.h"
@@ -197,9 +197,12 @@ inline void rows_of(const Linear *const (&linear)[R], const int64_t (&row)[R], f
         if (linear[r]->bias) y[r] += read_float(linear[r]->bias, linear[r]->bias_type, row[r]);
 }
 
-// Rows that are read together: pieces are counted in them. The rows of a unit are as far apart as can be, see product_range.
-inline int64_t together(const Linear &l) { return l.weight.mask ? 2 : ABREAST; }
-inline int64_t units_of(const Linear &l) { return (l.weight.out + together(l) - 1) / together(l); }
+// Pieces are counted in rows that are read together.
+inline int64_t units_of(const Linear &l) {
+    int64_t count = 0;
+    Kinds::call(l.weight, [&](auto kind) { count = units(l.weight.out, decltype(kind)::ABREAST); });
+    return count;
+}
 
 template <class K, int R>
 inline void put(const Linear &l, bool adds, const int64_t (&row)[R]) {
@@ -213,7 +216,7 @@ inline void put(const Linear &l, bool adds, const int64_t (&row)[R]) {
 void multiply(const Linear &l, bool adds, int64_t begin, int64_t end) {
     Kinds::call(l.weight, [&](auto kind) {
         typedef decltype(kind) K;
-        constexpr int R = K::DENSE ? ABREAST : 2;
+        constexpr int R = K::ABREAST;
         const int64_t apart = l.weight.out / R;
         for (int64_t i = begin; i < end; i++) {
             if (i < apart) {
@@ -233,7 +236,7 @@ inline bool alike(const Matrix &a, const Matrix &b) {  // of one kind, so that o
 
 inline float gated(float g, float up) { return g / (1 + exponential(-g)) * up; }
 
-// Rows begin to end of a half of both weights; dense ones with those of the other half, for four streams.
+// Rows begin to end of a half of both weights; with those of the other half, where four are read together.
 void gate(const Step &s, int64_t begin, int64_t end) {
     const Linear &a = s.linear[0], &b = s.linear[1];
     const int64_t half = (a.weight.out + 1) / 2;
@@ -251,7 +254,7 @@ void gate(const Step &s, int64_t begin, int64_t end) {
     Kinds::call(a.weight, [&](auto kind) {
         typedef decltype(kind) K;
         for (int64_t i = begin; i < end; i++) {
-            if constexpr (K::DENSE) {
+            if constexpr (K::ABREAST == 4) {
                 if (half + i < a.weight.out) {
                     float y[4];
                     rows_of<K, 4>({&a, &b, &a, &b}, {i, i, half + i, half + i}, y);
