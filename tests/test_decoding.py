@@ -65,7 +65,9 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     cpu.function.cache_clear()
 
 
-def made(kind: str = "llama", form: str = "dense", dtype: torch.dtype = torch.float32) -> Any:
+def made(
+    kind: str | transformers.PreTrainedModel = "llama", form: str = "dense", dtype: torch.dtype = torch.float32
+) -> Any:
     """A tiny model that decodes natively."""
     whole = (tiny(kind) if isinstance(kind, str) else kind).to(dtype).requires_grad_(False)
     if form != "dense":
@@ -175,7 +177,7 @@ def test_biases_everywhere_and_uneven_widths(kernel: str) -> None:
     for parameter in whole.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     wide = kernel == "avx512-bf16"
-    whole = made(whole, "packed", torch.bfloat16 if wide else torch.float32)  # type: ignore[arg-type]
+    whole = made(whole, "packed", torch.bfloat16 if wide else torch.float32)
     text = TEXT % 101
     found = stepped(whole, text)
     assert whole.forward.tokens and error(found, wanted(whole, text)) < (0.03 if wide else 2e-6)
@@ -207,7 +209,7 @@ def test_dense_beside_packed(kernel: str, dense: str) -> None:
 )
 def test_kinds_of_rotary_embedding(rope: dict[str, Any]) -> None:
     config = transformers.LlamaConfig(**GATED, rope_parameters=rope | {"rope_theta": 10000.0})
-    whole = made(transformers.LlamaForCausalLM(config).eval())  # type: ignore[arg-type]
+    whole = made(transformers.LlamaForCausalLM(config).eval())
     assert error(stepped(whole), wanted(whole)) < 2e-6 and whole.forward.tokens
 
 

@@ -176,7 +176,7 @@ inline void dot_rows(const Row<K> (&row)[R], int64_t in, const Layout &x, int64_
     }
 }
 
-template <class K, int R, int B>
+template <class K, int B, int R>
 inline void product_rows(const Call &call, const Layout &x, int64_t first_x, const int64_t (&row)[R]) {
     Row<K> rows[R];
     for (int r = 0; r < R; r++) rows[r] = row_of<K>(call.weight, row[r]);
@@ -203,6 +203,22 @@ struct Work {
 // follow two such streams better far apart (AVX2, 4096 columns: 32 rows apart 10, 128 and more 14 weights a nanosecond).
 inline int64_t units(int64_t rows, int64_t abreast) { return (rows + abreast - 1) / abreast; }
 
+// body(rows) with the ABREAST rows of a matrix of `out` that are its unit i; of the last one, with each row alone.
+template <int ABREAST, class Body>
+inline void in_unit(int64_t out, int64_t i, Body body) {
+    const int64_t apart = out / ABREAST;
+    if (i < apart) {
+        int64_t rows[ABREAST];
+        for (int r = 0; r < ABREAST; r++) rows[r] = r * apart + i;
+        body(rows);
+    } else {
+        for (int64_t row = ABREAST * apart; row < out; row++) {
+            const int64_t alone[1] = {row};
+            body(alone);
+        }
+    }
+}
+
 // How many of them with so many rows of x; sums of more would not all fit into registers.
 template <class K>
 constexpr int abreast(int64_t of_x) {
@@ -212,19 +228,9 @@ constexpr int abreast(int64_t of_x) {
 template <class K, int B>
 void product_range(void *context, int64_t begin, int64_t end) {
     const Work &work = *(const Work *)context;
-    constexpr int R = abreast<K>(B);
-    const int64_t out = work.call->weight.out, apart = out / R;
-    for (int64_t i = begin; i < end; i++) {
-        for (int64_t b = 0; b < work.call->rows; b += B) {
-            if (i < apart) {
-                int64_t rows[R];
-                for (int r = 0; r < R; r++) rows[r] = r * apart + i;
-                product_rows<K, R, B>(*work.call, *work.x, b, rows);
-            } else {
-                for (int64_t row = R * apart; row < out; row++) product_rows<K, 1, B>(*work.call, *work.x, b, {row});
-            }
-        }
-    }
+    for (int64_t i = begin; i < end; i++)
+        for (int64_t b = 0; b < work.call->rows; b += B)
+            in_unit<abreast<K>(B)>(work.call->weight.out, i, [&](const auto &rows) { product_rows<K, B>(*work.call, *work.x, b, rows); });
 }
 
 // How many units a thread takes at a time: few enough that all have work, which comes out even.
@@ -347,21 +353,15 @@ template <class K>
 void dense_range(void *context, int64_t begin, int64_t end) {
     const Dense &d = *(const Dense *)context;
     const typename K::Input *x = (const typename K::Input *)d.x;
-    const int64_t apart = d.out / K::ABREAST;
     for (int64_t i = begin; i < end; i++) {
-        if (i < apart) {
-            float y[K::ABREAST];
-            const uint16_t *rows[K::ABREAST];
-            for (int r = 0; r < K::ABREAST; r++) rows[r] = d.weight + (r * apart + i) * d.in;
-            dense_rows<K, K::ABREAST>(rows, x, d.in, y);
-            for (int r = 0; r < K::ABREAST; r++) d.y[r * apart + i] = y[r];
-        } else {
-            for (int64_t row = K::ABREAST * apart; row < d.out; row++) {
-                float y[1];
-                dense_rows<K, 1>({d.weight + row * d.in}, x, d.in, y);
-                d.y[row] = y[0];
-            }
-        }
+        in_unit<K::ABREAST>(d.out, i, [&](const auto &rows) {
+            constexpr int R = sizeof rows / sizeof *rows;
+            float y[R];
+            const uint16_t *from[R];
+            for (int r = 0; r < R; r++) from[r] = d.weight + rows[r] * d.in;
+            dense_rows<K, R>(from, x, d.in, y);
+            for (int r = 0; r < R; r++) d.y[rows[r]] = y[r];
+        });
     }
 }
 

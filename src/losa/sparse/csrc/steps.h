@@ -216,17 +216,8 @@ inline void put(const Linear &l, bool adds, const int64_t (&row)[R]) {
 void multiply(const Linear &l, bool adds, int64_t begin, int64_t end) {
     Kinds::call(l.weight, [&](auto kind) {
         typedef decltype(kind) K;
-        constexpr int R = K::ABREAST;
-        const int64_t apart = l.weight.out / R;
-        for (int64_t i = begin; i < end; i++) {
-            if (i < apart) {
-                int64_t rows[R];
-                for (int r = 0; r < R; r++) rows[r] = r * apart + i;
-                put<K, R>(l, adds, rows);
-            } else {
-                for (int64_t row = R * apart; row < l.weight.out; row++) put<K, 1>(l, adds, {row});
-            }
-        }
+        for (int64_t i = begin; i < end; i++)
+            in_unit<K::ABREAST>(l.weight.out, i, [&](const auto &rows) { put<K>(l, adds, rows); });
     });
 }
 
